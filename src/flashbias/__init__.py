@@ -1,0 +1,23 @@
+"""flashbias: attention with an additive bias at the price of attention without one."""
+
+from flashbias.attention import (
+    Explanation,
+    attention,
+    explain,
+    implementations,
+    multiplicative_attention,
+    varlen_attention,
+)
+from flashbias.factored import FactoredBias
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Explanation",
+    "FactoredBias",
+    "attention",
+    "explain",
+    "implementations",
+    "multiplicative_attention",
+    "varlen_attention",
+]

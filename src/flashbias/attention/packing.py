@@ -1,0 +1,197 @@
+"""From factors to kernel operands. All numerics of the factors live here, once.
+
+What a kernel adds to its scores is `packed_q @ packed_k.T`, where the packed operands are made so that the
+sum is the bias up to a constant in each row, which softmax cancels:
+
+- **Centring.** `phi_k - c` in place of `phi_k`, with c the row of one key. It changes row i by the constant
+  `phi_q[i] @ c`, so no probability changes, and it removes most of the cancellation between large products.
+  Beyond `TILE_CENTRE_FROM` keys float32 sums of such products would still be too coarse (an ALiBi column
+  reaches 2^20): then c is taken per tile of `CENTRE_TILE` keys, and kernels add `phi_q[i] @ (c - c_ref(i))`,
+  with c_ref the key opposite to the query, so that what is near the diagonal is summed near zero.
+- **Splitting.** In half precision x = x0 + x1 + x2 with each part rounded to bfloat16 (8 bits each, 24 in all).
+  Kept are the products whose size reaches the accuracy wanted; each is one column of the operands, and
+  columns up to the next multiple of 16 cost nothing, since the matrix unit works through 16 at a time.
+- **Scale.** Scores are accumulated as S / scale, so `phi_q / scale` is packed.
+- **Order of columns.** `column = r * terms + t`: a head of smaller rank needs a prefix.
+
+Factors that come in half precision are products of exact operands already: they are used as they are.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from flashbias.factored import FactoredBias
+
+__all__ = [
+    "CENTRE_TILE",
+    "centre_rows",
+    "is_tile_centred",
+    "pack",
+    "products",
+    "reference_rows",
+    "row_constant",
+    "split",
+]
+
+HALF = (torch.float16, torch.bfloat16)
+
+CENTRE_TILE = 128
+"""Keys that share one centre when centring goes by tile."""
+
+TILE_CENTRE_FROM = 65_536
+"""Number of keys beyond which centring goes by tile: half of it times 2^-24 is 2^-9, bfloat16's rounding."""
+
+# (part of phi_q, part of phi_k) of every column. A part is 2^-8 of the one before it (2^-9 after rounding),
+# so three products leave 3 * 2^-18, six leave about 2^-25 of |phi_q||phi_k|.
+_THREE = ((0, 0), (0, 1), (1, 0))
+_SIX = (*_THREE, (1, 1), (0, 2), (2, 0))
+
+SIX_UP_TO_RANK = 5
+"""Ranks whose factors are carried to float32's own accuracy; 6 * 5 columns still fit into 32."""
+
+
+def products(rank: int, dtype: torch.dtype) -> tuple[tuple[int, int], ...]:
+    """Which products of parts are kept for a factor of a given rank that is packed for `dtype` queries.
+
+    Args:
+        rank: R, at least 1.
+        dtype: dtype of the queries.
+
+    Returns:
+        Pairs (part of phi_q, part of phi_k), one for each packed column of a rank.
+    """
+    if dtype not in HALF:
+        return ((0, 0),)
+    return _SIX if rank <= SIX_UP_TO_RANK else _THREE
+
+
+def split(x: Tensor, parts: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    """Write x as a sum of parts that are exact in `dtype`, each the rounding of what is left.
+
+    Three parts in bfloat16 give every float32 back exactly (8 + 8 + 8 bits), unless the last one falls
+    below the range of `dtype`. Differentiable: the gradient of the sum is the identity.
+
+    Args:
+        x: float32 tensor of any shape.
+        parts: number of parts.
+        dtype: dtype of the parts.
+
+    Returns:
+        `parts` tensors of `dtype`.
+
+    Example:
+        >>> import torch
+        >>> x = torch.tensor([1048575.0, 0.1])
+        >>> hi, mid, lo = split(x, 3)
+        >>> bool((hi.double() + mid.double() + lo.double() == x.double()).all())
+        True
+    """
+    result = []
+    rest = x
+    for _ in range(parts):
+        part = rest.to(dtype)
+        result.append(part)
+        rest = rest - part.to(x.dtype)
+    return result
+
+
+def is_tile_centred(seqlen_k: int) -> bool:
+    """Whether phi_k is centred tile by tile (True) or once for all keys."""
+    return seqlen_k > TILE_CENTRE_FROM
+
+
+def centre_rows(seqlen_k: int, device: torch.device, *, tiled: bool | None = None) -> Tensor:
+    """The key whose row of phi_k is subtracted from each key's, int64 `[M]`."""
+    tiled = is_tile_centred(seqlen_k) if tiled is None else tiled
+    if not tiled:
+        return torch.full((seqlen_k,), seqlen_k // 2, device=device)
+    j = torch.arange(seqlen_k, device=device)
+    return (j // CENTRE_TILE * CENTRE_TILE + CENTRE_TILE // 2).clamp(max=seqlen_k - 1)
+
+
+def reference_rows(seqlen_q: int, seqlen_k: int, device: torch.device) -> Tensor:
+    """The key against which the scores of each query are measured, int64 `[N]`.
+
+    Tile by tile it is the key opposite to the query (ends aligned, as in decoding); otherwise the one centre.
+    """
+    if not is_tile_centred(seqlen_k):
+        return torch.full((seqlen_q,), seqlen_k // 2, device=device)
+    i = torch.arange(seqlen_q, device=device)
+    opposite = i // CENTRE_TILE * CENTRE_TILE + CENTRE_TILE // 2 + seqlen_k - seqlen_q
+    return opposite.clamp(0, seqlen_k - 1)
+
+
+def row_constant(bias: FactoredBias) -> Tensor:
+    """What centring took from each row: add it to the log-sum-exp of centred scores.
+
+    The centre counts as a constant: the function does not depend on it, and neither may a gradient.
+
+    Args:
+        bias: the factors, uncentred.
+
+    Returns:
+        `[*batch, H or 1, N]` in float32 (float64 for float64 factors), differentiable in phi_q.
+    """
+    dtype = torch.promote_types(bias.phi_q.dtype, torch.float32)
+    rows = reference_rows(bias.seqlen_q, bias.seqlen_k, bias.device)
+    centre = bias.phi_k.detach()[..., rows, :].to(dtype)
+    phi_q = bias.phi_q.to(dtype)
+    if bias.ranks is not None:
+        phi_q = phi_q * bias.rank_mask().to(dtype)[:, None, :]
+    return (phi_q * centre).sum(-1)
+
+
+def pack(
+    phi_q: Tensor,
+    phi_k: Tensor,
+    scale: float,
+    dtype: torch.dtype,
+    centre: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Make operands of `dtype` whose product is the bias over `scale`, up to a constant in each row.
+
+    Formula: `packed_q @ packed_k.T = (phi_q @ (phi_k - centre).T) / scale`, to 2^-24 of |phi_q||phi_k| for ranks
+    up to `SIX_UP_TO_RANK`, else to 2^-16; exactly rounded float32 products where `dtype` is float32.
+
+    Args:
+        phi_q: `[..., N, R]`.
+        phi_k: `[..., M, R]`.
+        scale: the factor of `q @ k.T`; positive.
+        dtype: bfloat16, float32 or float64 (float16 has not the range for parts).
+        centre: `[..., 1 or M, R]`, what to subtract from phi_k; default the row of the middle key.
+
+    Returns:
+        `[..., N, R * terms]` and `[..., M, R * terms]`, differentiable.
+
+    Example:
+        >>> import torch
+        >>> phi_q, phi_k = torch.full((1, 2, 1), 0.3), torch.arange(4.0).reshape(1, 4, 1)
+        >>> a, b = pack(phi_q, phi_k, 1.0, torch.bfloat16)
+        >>> a.shape, b.shape
+        (torch.Size([1, 2, 6]), torch.Size([1, 4, 6]))
+        >>> (a.double() @ b.double().mT)[0, 0]
+        tensor([-0.6000, -0.3000,  0.0000,  0.3000], dtype=torch.float64)
+    """
+    if dtype == torch.float16:
+        raise ValueError("dtype torch.float16 cannot hold the parts of a factor; pack for torch.bfloat16")
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    if centre is None:
+        centre = phi_k[..., phi_k.shape[-2] // 2, :][..., None, :]
+    phi_q = phi_q.to(wide) / scale
+    phi_k = phi_k.to(wide) - centre.detach().to(wide)
+    terms = products(phi_q.shape[-1], dtype)
+    if len(terms) == 1:
+        return phi_q.to(dtype), phi_k.to(dtype)
+    parts_q, parts_k = split(phi_q, 3, dtype), split(phi_k, 3, dtype)
+    packed_q = torch.stack([parts_q[a] for a, _ in terms], dim=-1)
+    packed_k = torch.stack([parts_k[b] for _, b in terms], dim=-1)
+    return packed_q.flatten(-2), packed_k.flatten(-2)
+
+
+def is_power_of_two(x: float) -> bool:
+    """Whether multiplying by x is exact in every binary format (range apart)."""
+    return x > 0 and math.frexp(x)[0] == 0.5

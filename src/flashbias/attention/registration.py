@@ -1,0 +1,252 @@
+"""torch.library operators of the kernels: schemas, fakes, autograd. Imports no kernel.
+
+One forward and one backward operator serve every kernel implementation; `impl` names the package whose
+`forward` and `backward` modules do the work when the operator is called on real tensors.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashbias.attention import packing
+from flashbias.attention.call import Call
+from flashbias.attention.layout import storable
+
+__all__ = ["run"]
+
+UNBOUNDED = -1
+"""What stands for an open side of a window in the operators' schema."""
+
+
+@torch.library.custom_op("flashbias::attention_forward", mutates_args=())
+def attention_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    phi_q: Tensor | None,
+    phi_k: Tensor | None,
+    table: Tensor | None,
+    code_q: Tensor | None,
+    code_k: Tensor | None,
+    attn_mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    dropout_seed: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    ranks: Sequence[int],
+    scale: float,
+    window_left: int,
+    window_right: int,
+    bottom_right: bool,
+    dropout_p: float,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of centred scores (see `packing.row_constant`)."""
+    module = importlib.import_module(f"flashbias.attention.{impl}.forward")
+    out = _output_like(query, value)
+    lse = _lse_like(query)
+    module.launch(out, lse, *_arguments(locals()))
+    return out, lse
+
+
+@attention_forward.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _output_like(query, value), _lse_like(query)
+
+
+@torch.library.custom_op("flashbias::attention_backward", mutates_args=())
+def attention_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    needs_grad: Sequence[bool],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    phi_q: Tensor | None,
+    phi_k: Tensor | None,
+    table: Tensor | None,
+    code_q: Tensor | None,
+    code_k: Tensor | None,
+    attn_mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    dropout_seed: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    ranks: Sequence[int],
+    scale: float,
+    window_left: int,
+    window_right: int,
+    bottom_right: bool,
+    dropout_p: float,
+    impl: str,
+) -> list[Tensor]:
+    """Gradients of query, key, value, phi_q, phi_k, table; an empty tensor for each that is not needed."""
+    module = importlib.import_module(f"flashbias.attention.{impl}.backward")
+    grads = _gradients_like((query, key, value, phi_q, phi_k, table), needs_grad)
+    module.launch(grads, dout, dlse, out, lse, tuple(needs_grad), *_arguments(locals()))
+    return grads
+
+
+@attention_backward.register_fake
+def _(
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    needs_grad: Sequence[bool],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    phi_q: Tensor | None,
+    phi_k: Tensor | None,
+    table: Tensor | None,
+    *_: Any,
+) -> list[Tensor]:
+    return _gradients_like((query, key, value, phi_q, phi_k, table), needs_grad)
+
+
+_SHARED = (
+    "query",
+    "key",
+    "value",
+    "phi_q",
+    "phi_k",
+    "table",
+    "code_q",
+    "code_k",
+    "attn_mask",
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "dropout_seed",
+    "max_seqlen_q",
+    "max_seqlen_k",
+    "ranks",
+    "scale",
+    "window_left",
+    "window_right",
+    "bottom_right",
+    "dropout_p",
+)
+
+
+def _arguments(names: dict[str, Any]) -> tuple[Any, ...]:
+    """What forward and backward have in common, in the order of the schema."""
+    return tuple(names[name] for name in _SHARED)
+
+
+def _output_like(query: Tensor, value: Tensor) -> Tensor:
+    """Uninitialised output; in the queries' memory order where head dimensions agree."""
+    if query.shape[-1] == value.shape[-1]:
+        return torch.empty_like(query)
+    return query.new_empty(*query.shape[:-1], value.shape[-1])
+
+
+def _lse_like(query: Tensor) -> Tensor:
+    return query.new_empty(query.shape[:-1], dtype=torch.float32)
+
+
+def _gradients_like(inputs: Sequence[Tensor | None], needs_grad: Sequence[bool]) -> list[Tensor]:
+    anchor = next(x for x in inputs if x is not None)
+    return [
+        torch.empty_like(x, memory_format=torch.contiguous_format if n > 2 else torch.preserve_format)
+        if need and x is not None
+        else anchor.new_empty(0)
+        for n, (x, need) in enumerate(zip(inputs, needs_grad, strict=True))
+    ]
+
+
+# -------------------------------------------------------------------- autograd
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    tensors, ctx.options = inputs[:12], inputs[12:]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, out, lse = ctx.saved_tensors
+    needs_grad = list(ctx.needs_input_grad[:6])
+    if dout is None:
+        dout = torch.zeros_like(out)
+    grads = attention_backward(dout, dlse, out, lse, needs_grad, *tensors, *ctx.options)
+    wanted = [grad if need else None for grad, need in zip(grads, needs_grad, strict=True)]
+    return (*wanted, *(None for _ in range(len(tensors) - 6 + len(ctx.options))))
+
+
+attention_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _no_second_derivative(ctx: Any, *grads: Any) -> tuple[None, ...]:
+    raise NotImplementedError(
+        "the kernels have no second derivative (double backward); use attention(..., impl='reference')"
+    )
+
+
+def _setup_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    pass
+
+
+attention_backward.register_autograd(_no_second_derivative, setup_context=_setup_nothing)
+
+
+# -------------------------------------------------------------------- from a call to the operator
+
+
+def run(call: Call, impl: str) -> tuple[Tensor, Tensor | None]:
+    """Hand a checked call to the operators.
+
+    Args:
+        call: the request.
+        impl: package under `flashbias.attention` that holds the kernels.
+
+    Returns:
+        Output, and the log-sum-exp if asked for, with what centring took from it put back.
+    """
+    bias = call.bias
+    full = tuple(call.query.shape[:-2])
+    has_factors = bias is not None and bias.rank > 0
+    phi_q = storable(bias.phi_q, full) if bias is not None and has_factors else None
+    phi_k = storable(bias.phi_k, full) if bias is not None and has_factors else None
+    has_codes = bias is not None and bias.table is not None and not (bias.code_q is None and bias.code_k is None)
+    codes = bias.codes() if bias is not None and has_codes else (None, None)
+    seed = None
+    if call.dropout_p > 0:
+        seed = torch.randint(0, 2**31 - 1, (), device=call.query.device)
+    layout = call.varlen
+    out, lse = attention_forward(
+        call.query,
+        call.key,
+        call.value,
+        phi_q,
+        phi_k,
+        None if bias is None else bias.table,
+        *codes,
+        None if call.attn_mask is None else storable(call.attn_mask, full),
+        None if layout is None else layout.cu_seqlens_q,
+        None if layout is None else layout.cu_seqlens_k,
+        seed,
+        call.seqlen_q if layout is None else layout.max_seqlen_q,
+        call.seqlen_k if layout is None else layout.max_seqlen_k,
+        list(bias.ranks) if bias is not None and bias.ranks is not None else [],
+        call.scale,
+        UNBOUNDED if call.window_left is None else call.window_left,
+        UNBOUNDED if call.window_right is None else call.window_right,
+        call.bottom_right,
+        call.dropout_p,
+        impl,
+    )
+    if not call.return_lse:
+        return out, None
+    if bias is not None and has_factors:
+        lse = lse + packing.row_constant(bias)
+    return out, lse

@@ -1,0 +1,74 @@
+"""Portable kernels in Triton, forward and backward; importing this package does not load Triton."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from flashbias.attention import registration
+from flashbias.attention.call import Call
+
+__all__ = ["run", "unavailable", "unsupported"]
+
+MAX_HEAD_DIM = 256
+
+
+@functools.cache
+def interpreted() -> bool:
+    """Whether Triton runs its kernels through its interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+@torch.compiler.assume_constant_result
+def unavailable() -> str | None:
+    """What keeps the kernels from running on this machine at all, None if nothing."""
+    if importlib_missing():
+        return "the package triton is not installed"
+    if interpreted():
+        return None
+    if not torch.cuda.is_available():
+        return "no CUDA device (or set TRITON_INTERPRET=1 before the start to run kernels slowly on a CPU)"
+    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        capability = ".".join(map(str, torch.cuda.get_device_capability()))
+        return f"the GPU has compute capability {capability}; kernels need 8.0 or newer"
+    return None
+
+
+def importlib_missing() -> bool:
+    """Whether Triton is not installed."""
+    from importlib.util import find_spec
+
+    return find_spec("triton") is None
+
+
+def unsupported(call: Call) -> str | None:
+    """Say what of the call these kernels cannot do, None if nothing."""
+    if call.query.dtype == torch.float64:
+        return "dtype torch.float64; kernels take float16, bfloat16 and float32"
+    if not _on_kernel_device(call.query.device.type):
+        return f"tensors are on {call.query.device}; kernels need a CUDA device"
+    for name, size in (("head_dim", call.query.shape[-1]), ("head_dim_v", call.value.shape[-1])):
+        if size > MAX_HEAD_DIM:
+            return f"{name} {size} is larger than {MAX_HEAD_DIM}"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _on_kernel_device(device_type: str) -> bool:
+    return device_type == ("cpu" if interpreted() else "cuda")
+
+
+def run(call: Call) -> tuple[Tensor, Tensor | None]:
+    """Compute attention with the kernels.
+
+    Args:
+        call: the checked request.
+
+    Returns:
+        Output `[*batch, H, N, head_dim_v]` and, if asked for, the log-sum-exp, float32 `[*batch, H, N]`.
+    """
+    return registration.run(call, "triton")

@@ -1,0 +1,447 @@
+"""Forward pass: one kernel for all shapes, and one that joins the parts of a split key range."""
+
+import torch
+import triton
+import triton.language as tl
+
+from flashbias.attention.triton.configs import choose
+from flashbias.attention.triton.operands import Operands
+from flashbias.attention.triton.primitives import (
+    LN2,
+    LOG2E,
+    add_table,
+    band,
+    chunked_bias,
+    dropout_keep,
+    group_of,
+    key_range,
+    load_codes,
+    load_mask,
+    load_tile,
+    product,
+    scores,
+    store_tile,
+    tile_offset,
+)
+
+
+@triton.jit
+def _fwd_range(
+    acc,
+    l_i,
+    m_i,
+    q,
+    phi_q,
+    k_ptr,
+    v_ptr,
+    phi_q_ptr,
+    phi_k_ptr,
+    raw_phi_q_ptr,
+    raw_phi_k_ptr,
+    table_ptr,
+    code_k_ptr,
+    q_code,
+    mask_ptr,
+    seed_ptr,
+    bh,
+    start_m,
+    lo,
+    hi,
+    seqlen_q,
+    seqlen_k,
+    head_dim,
+    head_dim_v,
+    columns,
+    rank,
+    half,
+    shift,
+    left,
+    right,
+    qk_scale,
+    inv_scale,
+    dropout_p,
+    stride_kn,
+    stride_vn,
+    stride_pq,
+    stride_pk,
+    stride_raw_qn,
+    stride_raw_qr,
+    stride_raw_kn,
+    stride_raw_kr,
+    stride_mask_m,
+    stride_mask_n,
+    BOUNDED: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_PHI: tl.constexpr,
+    PHI_UNSCALED: tl.constexpr,
+    PHI_CHUNKS: tl.constexpr,
+    PADDED_R: tl.constexpr,
+    TILE_CENTRED: tl.constexpr,
+    CENTRE_TILE: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    HAS_TABLE: tl.constexpr,
+    HAS_CODES: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    PADDED_D: tl.constexpr,
+    PADDED_DV: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Online softmax over a range of keys, with bounds and masks only where BOUNDED."""
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    offs_r = tl.arange(0, BLOCK_R)
+    for start_n in tl.range(lo, hi, BLOCK_N):
+        # [BLOCK_N, BLOCK_D]
+        k = load_tile(k_ptr, start_n, offs_n, offs_d, stride_kn, seqlen_k, head_dim, BOUNDED, PADDED_D)
+        phi_k = k
+        if HAS_PHI and PHI_CHUNKS == 1:
+            # [BLOCK_N, BLOCK_R]
+            phi_k = load_tile(phi_k_ptr, start_n, offs_n, offs_r, stride_pk, seqlen_k, columns, BOUNDED, PADDED_R)
+        if HAS_PHI and PHI_CHUNKS > 1:
+            s = chunked_bias(
+                phi_q_ptr, phi_k_ptr, start_m, start_n, offs_m, offs_n, stride_pq, stride_pk, seqlen_q, seqlen_k,
+                columns, inv_scale, BLOCK_M, BLOCK_N, BLOCK_R, PHI_CHUNKS, PHI_UNSCALED, PRECISION, INTERPRETED,
+            )  # fmt: skip
+            s = product(q, tl.trans(k), s, PRECISION, INTERPRETED)
+        else:
+            s = scores(q, tl.trans(k), phi_q, phi_k, inv_scale, HAS_PHI, PHI_UNSCALED, PRECISION, INTERPRETED)
+        plain: tl.constexpr = not (BOUNDED or HAS_TABLE or HAS_MASK or TILE_CENTRED)
+        if plain:
+            m_new = tl.maximum(m_i, tl.max(s, 1) * qk_scale)
+            m_safe = m_new
+            p = tl.exp2(s * qk_scale - m_new[:, None])
+        else:
+            s = s * qk_scale
+            i = (start_m + offs_m)[:, None]
+            j = (start_n + offs_n)[None, :]
+            if TILE_CENTRED:
+                offset = tile_offset(
+                    raw_phi_q_ptr, raw_phi_k_ptr, start_m, start_n, offs_m, seqlen_q, seqlen_k, stride_raw_qn,
+                    stride_raw_qr, stride_raw_kn, stride_raw_kr, rank, BLOCK_RANK, CENTRE_TILE,
+                )  # fmt: skip
+                s += offset[:, None] * LOG2E
+            if HAS_TABLE:
+                k_code = load_codes(code_k_ptr, start_n, offs_n, seqlen_k, HAS_CODES)
+                s = add_table(s, table_ptr, q_code, k_code, q_code[:, None], k_code[None, :], half)
+            if BOUNDED:
+                keep = band(i, j, shift, left, right, HAS_LEFT, HAS_RIGHT, seqlen_q, seqlen_k)
+                if HAS_MASK:
+                    keep = keep & load_mask(mask_ptr, i, j, stride_mask_m, stride_mask_n, seqlen_q, seqlen_k)
+                s = tl.where(keep, s, float("-inf"))
+            m_new = tl.maximum(m_i, tl.max(s, 1))
+            # A row that has seen no key yet has m = -inf; measured from 0 its weights are exp2(-inf) = 0.
+            m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+            p = tl.exp2(s - m_safe[:, None])
+        alpha = tl.exp2(m_i - m_safe)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        m_i = m_new
+        if HAS_DROPOUT:
+            i = (start_m + offs_m)[:, None]
+            j = (start_n + offs_n)[None, :]
+            keep = dropout_keep(seed_ptr, bh, i, j, seqlen_q, seqlen_k, dropout_p)
+            p = tl.where(keep, p / (1.0 - dropout_p), 0.0)
+        # [BLOCK_N, BLOCK_DV]
+        v = load_tile(v_ptr, start_n, offs_n, offs_dv, stride_vn, seqlen_k, head_dim_v, BOUNDED, PADDED_DV)
+        acc = product(p.to(v_ptr.dtype.element_ty), v, acc * alpha[:, None], PRECISION, INTERPRETED)
+    return acc, l_i, m_i
+
+
+@triton.jit
+def _fwd_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    phi_q_ptr,
+    phi_k_ptr,
+    raw_phi_q_ptr,
+    raw_phi_k_ptr,
+    columns_ptr,
+    table_ptr,
+    code_q_ptr,
+    code_k_ptr,
+    mask_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
+    seed_ptr,
+    out_ptr,
+    lse_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_ob,
+    stride_oh,
+    stride_on,
+    stride_lse,
+    stride_pqf,
+    stride_pq,
+    stride_pkf,
+    stride_pk,
+    stride_raw_qf,
+    stride_raw_qn,
+    stride_raw_qr,
+    stride_raw_kf,
+    stride_raw_kn,
+    stride_raw_kr,
+    stride_table,
+    stride_mask_f,
+    stride_mask_m,
+    stride_mask_n,
+    num_heads,
+    group,
+    seqlen_q,
+    seqlen_k,
+    head_dim,
+    head_dim_v,
+    columns,
+    rank,
+    half,
+    left,
+    right,
+    scale,
+    inv_scale,
+    phi_mult,
+    dropout_p,
+    pq_s1,
+    pq_v2,
+    pq_s2,
+    pk_s1,
+    pk_v2,
+    pk_s2,
+    mask_s1,
+    mask_v2,
+    mask_s2,
+    num_blocks,
+    split_size,
+    stride_split_out,
+    stride_split_lse,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    BOTTOM_RIGHT: tl.constexpr,
+    IS_VARLEN: tl.constexpr,
+    HAS_PHI: tl.constexpr,
+    HAS_RANKS: tl.constexpr,
+    PHI_UNSCALED: tl.constexpr,
+    PHI_RESCALED: tl.constexpr,
+    PHI_CHUNKS: tl.constexpr,
+    PADDED_R: tl.constexpr,
+    TILE_CENTRED: tl.constexpr,
+    CENTRE_TILE: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    HAS_TABLE: tl.constexpr,
+    HAS_CODES: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
+    PADDED_D: tl.constexpr,
+    PADDED_DV: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Output and log-sum-exp of one block of queries of one (batch, head)."""
+    pid = tl.program_id(0)
+    split = tl.program_id(1)
+    bh = pid // num_blocks
+    # Under a causal mask the last blocks are the longest: they go first.
+    start_m = (num_blocks - 1 - pid % num_blocks) * BLOCK_M
+    b = bh // num_heads
+    h = bh % num_heads
+    base_q = tl.cast(0, tl.int64)
+    base_k = tl.cast(0, tl.int64)
+    row_lse = tl.cast(bh, tl.int64) * stride_lse
+    if IS_VARLEN:
+        base_q = tl.load(cu_q_ptr + b).to(tl.int64)
+        base_k = tl.load(cu_k_ptr + b).to(tl.int64)
+        seqlen_q = (tl.load(cu_q_ptr + b + 1) - base_q).to(tl.int32)
+        seqlen_k = (tl.load(cu_k_ptr + b + 1) - base_k).to(tl.int32)
+        row_lse = tl.cast(h, tl.int64) * stride_lse + base_q
+        if start_m >= seqlen_q:
+            return
+        b = b * 0
+    shift = 0
+    if BOTTOM_RIGHT:
+        shift = seqlen_k - seqlen_q
+
+    b64 = tl.cast(b, tl.int64)
+    h64 = tl.cast(h, tl.int64)
+    q_ptr += b64 * stride_qb + h64 * stride_qh + base_q * stride_qn
+    k_ptr += b64 * stride_kb + (h64 // group) * stride_kh + base_k * stride_kn
+    v_ptr += b64 * stride_vb + (h64 // group) * stride_vh + base_k * stride_vn
+    out_ptr += b64 * stride_ob + h64 * stride_oh + base_q * stride_on + tl.cast(split, tl.int64) * stride_split_out
+    lse_ptr += row_lse + tl.cast(split, tl.int64) * stride_split_lse
+    own = b * num_heads + h
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    offs_r = tl.arange(0, BLOCK_R)
+
+    q = load_tile(q_ptr, start_m, offs_m, offs_d, stride_qn, seqlen_q, head_dim, True, PADDED_D)
+    phi_q = q
+    if HAS_PHI:
+        f_q = tl.cast(group_of(own, pq_s1, pq_v2, pq_s2), tl.int64)
+        f_k = tl.cast(group_of(own, pk_s1, pk_v2, pk_s2), tl.int64)
+        phi_q_ptr += f_q * stride_pqf + base_q * stride_pq
+        phi_k_ptr += f_k * stride_pkf + base_k * stride_pk
+        raw_phi_q_ptr += f_q * stride_raw_qf
+        raw_phi_k_ptr += f_k * stride_raw_kf
+        if HAS_RANKS:
+            columns = tl.load(columns_ptr + h)
+        if PHI_CHUNKS == 1:
+            phi_q = load_tile(phi_q_ptr, start_m, offs_m, offs_r, stride_pq, seqlen_q, columns, True, PADDED_R)
+            if PHI_RESCALED:
+                phi_q = (phi_q.to(tl.float32) * phi_mult).to(phi_q_ptr.dtype.element_ty)
+    q_code = offs_m
+    if HAS_TABLE:
+        table_ptr += h * stride_table
+        if HAS_CODES:
+            code_q_ptr += base_q
+            code_k_ptr += base_k
+        q_code = load_codes(code_q_ptr, start_m, offs_m, seqlen_q, HAS_CODES)
+    if HAS_MASK:
+        mask_ptr += tl.cast(group_of(own, mask_s1, mask_v2, mask_s2), tl.int64) * stride_mask_f
+
+    lo, full_lo, full_hi, hi = key_range(
+        start_m, seqlen_k, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
+    )
+    if IS_SPLIT:
+        lo = tl.maximum(lo, split * split_size)
+        hi = tl.minimum(hi, (split + 1) * split_size)
+        full_lo = tl.minimum(tl.maximum(full_lo, lo), hi)
+        full_hi = tl.minimum(tl.maximum(full_hi, full_lo), hi) // BLOCK_N * BLOCK_N
+        full_hi = tl.maximum(full_hi, full_lo)
+    if HAS_MASK:
+        full_lo = hi
+        full_hi = hi
+
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
+    l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
+    m_i = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    # Tiles at the edges of the band carry bounds and masks; those between do not.
+    for stage in tl.static_range(3):
+        if stage == 0:
+            first, last = lo, full_lo
+        elif stage == 1:
+            first, last = full_lo, full_hi
+        else:
+            first, last = full_hi, hi
+        # Only a left bound or a user's mask leaves anything to do before the full tiles.
+        if stage != 0 or HAS_LEFT or HAS_MASK:
+            acc, l_i, m_i = _fwd_range(
+                acc, l_i, m_i, q, phi_q, k_ptr, v_ptr, phi_q_ptr, phi_k_ptr, raw_phi_q_ptr, raw_phi_k_ptr,
+                table_ptr, code_k_ptr, q_code, mask_ptr, seed_ptr, bh, start_m, first, last, seqlen_q, seqlen_k,
+                head_dim, head_dim_v, columns, rank, half, shift, left, right, scale * LOG2E, inv_scale, dropout_p,
+                stride_kn, stride_vn, stride_pq, stride_pk, stride_raw_qn, stride_raw_qr, stride_raw_kn,
+                stride_raw_kr, stride_mask_m, stride_mask_n, stage != 1, HAS_LEFT, HAS_RIGHT, HAS_PHI,
+                PHI_UNSCALED, PHI_CHUNKS, PADDED_R, TILE_CENTRED, CENTRE_TILE, BLOCK_RANK, HAS_TABLE, HAS_CODES,
+                HAS_MASK, HAS_DROPOUT, PADDED_D, PADDED_DV, PRECISION, INTERPRETED, BLOCK_M, BLOCK_N, BLOCK_D,
+                BLOCK_DV, BLOCK_R,
+            )  # fmt: skip
+
+    dead = l_i == 0.0
+    l_safe = tl.where(dead, 1.0, l_i)
+    lse = tl.where(dead, float("-inf"), (m_i + tl.log2(l_safe)) * LN2)
+    store_tile(out_ptr, start_m, offs_m, offs_dv, stride_on, seqlen_q, head_dim_v, acc / l_safe[:, None])
+    tl.store(lse_ptr + start_m + offs_m, lse, mask=(start_m + offs_m) < seqlen_q)
+
+
+@triton.jit
+def _combine_kernel(
+    part_ptr,
+    part_lse_ptr,
+    out_ptr,
+    lse_ptr,
+    stride_ob,
+    stride_oh,
+    stride_on,
+    num_heads,
+    seqlen_q,
+    head_dim_v,
+    num_splits,
+    BLOCK_S: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """Join the parts of a split key range, weighted by their log-sum-exp; one program per query row."""
+    row = tl.cast(tl.program_id(0), tl.int64)
+    rows = tl.num_programs(0)
+    offs_s = tl.arange(0, BLOCK_S)
+    offs_d = tl.arange(0, BLOCK_DV)
+    inside = offs_s < num_splits
+    lse = tl.load(part_lse_ptr + offs_s * rows + row, mask=inside, other=float("-inf"))
+    top = tl.max(lse, 0)
+    weight = tl.exp(lse - tl.where(top == float("-inf"), 0.0, top))
+    total = tl.sum(weight, 0)
+    ptrs = part_ptr + (offs_s[:, None] * rows + row) * head_dim_v + offs_d[None, :]
+    parts = tl.load(ptrs, mask=inside[:, None] & (offs_d < head_dim_v)[None, :], other=0.0)
+    out = tl.sum(parts * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    bh = row // seqlen_q
+    base = (bh // num_heads) * stride_ob + (bh % num_heads) * stride_oh + (row % seqlen_q) * stride_on
+    tl.store(out_ptr + base + offs_d, out.to(out_ptr.dtype.element_ty), mask=offs_d < head_dim_v)
+    tl.store(lse_ptr + row, tl.where(total == 0.0, float("-inf"), top + tl.log(total)))
+
+
+def launch(out: torch.Tensor, lse: torch.Tensor, *arguments: object) -> None:
+    """Fill `out` and `lse`; the arguments are those that the operators share (`attention/registration.py`)."""
+    ops = Operands.of(*arguments)
+    config = choose("forward", ops)
+    blocks = triton.cdiv(ops.max_seqlen_q, config.block_m)
+    splits, split_size = ops.key_splits(blocks, config.block_n)
+    out_flat = ops.flat(out)
+    target, target_lse = out_flat, lse
+    if splits > 1:
+        target = out.new_empty((splits, *out_flat.shape), dtype=torch.float32)
+        target_lse = lse.new_empty((splits, *lse.shape))
+    strides = target.stride()[-4:-1]
+    _fwd_kernel[(blocks * ops.num_programs, splits)](
+        **ops.tensors(),
+        out_ptr=target,
+        lse_ptr=target_lse,
+        **ops.strides(),
+        stride_ob=strides[0],
+        stride_oh=strides[1],
+        stride_on=strides[2],
+        **ops.numbers(),
+        num_blocks=blocks,
+        split_size=split_size,
+        stride_split_out=target.stride(0) if splits > 1 else 0,
+        stride_split_lse=target_lse.stride(0) if splits > 1 else 0,
+        **ops.flags(),
+        IS_SPLIT=splits > 1,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    if splits > 1:
+        _combine_kernel[(lse.numel(),)](
+            target,
+            target_lse,
+            out_flat,
+            lse,
+            *out_flat.stride()[:3],
+            ops.num_heads,
+            ops.seqlen_q,
+            ops.head_dim_v,
+            splits,
+            BLOCK_S=triton.next_power_of_2(splits),
+            BLOCK_DV=triton.next_power_of_2(ops.head_dim_v),
+        )

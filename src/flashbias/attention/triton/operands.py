@@ -1,0 +1,315 @@
+"""One call as the kernels see it: flat tensors, strides, sizes and flags, built once for both passes."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from flashbias.attention import packing
+from flashbias.attention.layout import Sharing, flatten_heads, share
+from flashbias.attention.triton.pack import Factors
+
+__all__ = ["Operands"]
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU (1 under the interpreter)."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The arguments of the operators in `attention/registration.py`, flattened to `[B, H, N, D]`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    factors: Factors | None
+    table: Tensor | None
+    code_q: Tensor | None
+    code_k: Tensor | None
+    mask: Tensor | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    dropout_seed: Tensor | None
+    columns_per_head: Tensor | None
+    sharing_q: Sharing
+    sharing_k: Sharing
+    sharing_mask: Sharing
+    max_seqlen_q: int
+    max_seqlen_k: int
+    scale: float
+    window_left: int
+    window_right: int
+    bottom_right: bool
+    dropout_p: float
+
+    @classmethod
+    def of(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        phi_q: Tensor | None,
+        phi_k: Tensor | None,
+        table: Tensor | None,
+        code_q: Tensor | None,
+        code_k: Tensor | None,
+        attn_mask: Tensor | None,
+        cu_seqlens_q: Tensor | None,
+        cu_seqlens_k: Tensor | None,
+        dropout_seed: Tensor | None,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        ranks: list[int],
+        scale: float,
+        window_left: int,
+        window_right: int,
+        bottom_right: bool,
+        dropout_p: float,
+    ) -> Operands:
+        """Flatten and pack; arguments as in the operators' schema."""
+        full = tuple(query.shape[:-2])
+        everyone = Sharing.nothing(math.prod(full))
+        factors, columns, sharing_q, sharing_k = None, None, everyone, everyone
+        if phi_q is not None and phi_k is not None:
+            factors = Factors.of(phi_q, phi_k, scale, query.dtype, centred=cu_seqlens_q is None)
+            sharing_q, sharing_k = _shared(full, phi_q), _shared(full, phi_k)
+            if ranks:
+                per_head = [rank * factors.terms for rank in ranks] * (query.shape[-3] // len(ranks))
+                columns = torch.tensor(per_head, dtype=torch.int32, device=query.device)
+        mask, sharing_mask = None, everyone
+        if attn_mask is not None:
+            mask = flatten_heads(attn_mask).view(torch.uint8)
+            sharing_mask = _shared(full, attn_mask)
+        return cls(
+            _flat(query),
+            _flat(key),
+            _flat(value),
+            factors,
+            None if table is None else table.float().contiguous(),
+            None if code_q is None else code_q.to(torch.int32).contiguous(),
+            None if code_k is None else code_k.to(torch.int32).contiguous(),
+            mask,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            dropout_seed,
+            columns,
+            sharing_q,
+            sharing_k,
+            sharing_mask,
+            max_seqlen_q,
+            max_seqlen_k,
+            scale,
+            window_left,
+            window_right,
+            bottom_right,
+            dropout_p,
+        )
+
+    # ---------------------------------------------------------------- sizes
+
+    @property
+    def batch(self) -> int:
+        """B, the product of all batch dimensions."""
+        return self.q.shape[0]
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads."""
+        return self.q.shape[1]
+
+    @property
+    def group(self) -> int:
+        """Query heads for each key and value head."""
+        return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def seqlen_q(self) -> int:
+        """N (all tokens of a packed batch)."""
+        return self.q.shape[2]
+
+    @property
+    def seqlen_k(self) -> int:
+        """M (all tokens of a packed batch)."""
+        return self.k.shape[2]
+
+    @property
+    def head_dim(self) -> int:
+        """Width of queries and keys."""
+        return self.q.shape[3]
+
+    @property
+    def head_dim_v(self) -> int:
+        """Width of values."""
+        return self.v.shape[3]
+
+    @property
+    def is_varlen(self) -> bool:
+        """Whether sequences are packed one after the other."""
+        return self.cu_seqlens_q is not None
+
+    @property
+    def sequences(self) -> int:
+        """Batch elements, or sequences of a packed batch."""
+        return self.cu_seqlens_q.shape[0] - 1 if self.cu_seqlens_q is not None else self.batch
+
+    @property
+    def num_programs(self) -> int:
+        """Pairs (sequence, head)."""
+        return self.sequences * self.num_heads
+
+    @property
+    def is_half(self) -> bool:
+        """Whether queries are float16 or bfloat16."""
+        return self.q.dtype != torch.float32
+
+    @property
+    def block_d(self) -> int:
+        """head_dim as a power of two that the matrix unit takes."""
+        return max(16, triton.next_power_of_2(self.head_dim))
+
+    @property
+    def block_dv(self) -> int:
+        """head_dim_v likewise."""
+        return max(16, triton.next_power_of_2(self.head_dim_v))
+
+    def flat(self, x: Tensor) -> Tensor:
+        """A tensor of the queries' leading shape as `[B, H, N, D]`, without a copy."""
+        return x.view(-1, *x.shape[-3:]) if x.dim() != 4 else x
+
+    def key_splits(self, blocks: int, block_n: int) -> tuple[int, int]:
+        """Parts into which the key range is split so that few queries still fill the GPU, and their size."""
+        programs = blocks * self.num_programs
+        tiles = triton.cdiv(self.max_seqlen_k, block_n)
+        if self.is_varlen or self.max_seqlen_q > 64 or tiles < 8:
+            return 1, self.seqlen_k
+        splits = min(64, tiles // 4, 2 * multiprocessors(self.q.device) // programs)
+        if splits <= 1:
+            return 1, self.seqlen_k
+        size = triton.cdiv(tiles, splits) * block_n
+        return triton.cdiv(self.seqlen_k, size), size
+
+    # ---------------------------------------------------------------- kernel arguments
+
+    def tensors(self) -> dict[str, Tensor | None]:
+        """Pointers that every kernel takes."""
+        factors = self.factors
+        return {
+            "q_ptr": self.q,
+            "k_ptr": self.k,
+            "v_ptr": self.v,
+            "phi_q_ptr": None if factors is None else factors.phi_q,
+            "phi_k_ptr": None if factors is None else factors.phi_k,
+            "raw_phi_q_ptr": None if factors is None else factors.raw_q,
+            "raw_phi_k_ptr": None if factors is None else factors.raw_k,
+            "columns_ptr": self.columns_per_head,
+            "table_ptr": self.table,
+            "code_q_ptr": self.code_q,
+            "code_k_ptr": self.code_k,
+            "mask_ptr": self.mask,
+            "cu_q_ptr": self.cu_seqlens_q,
+            "cu_k_ptr": self.cu_seqlens_k,
+            "seed_ptr": self.dropout_seed,
+        }
+
+    def strides(self) -> dict[str, int]:
+        """Strides that every kernel takes, in elements."""
+        result = {}
+        for name, x in (("q", self.q), ("k", self.k), ("v", self.v)):
+            result |= {f"stride_{name}{axis}": x.stride(n) for n, axis in enumerate("bhn")}
+        # The log-sum-exp of (batch, head) lies at a row of its own, that of packed tokens at the head's row.
+        result["stride_lse"] = self.seqlen_q
+        names = ("stride_pqf", "stride_pq", "stride_pkf", "stride_pk")
+        raw = ("stride_raw_qf", "stride_raw_qn", "stride_raw_qr", "stride_raw_kf", "stride_raw_kn", "stride_raw_kr")
+        if self.factors is None:
+            result |= dict.fromkeys((*names, *raw), 0)
+        else:
+            pair = (*self.factors.phi_q.stride()[:2], *self.factors.phi_k.stride()[:2])
+            result |= dict(zip(names, pair, strict=True))
+            result |= dict(zip(raw, (*self.factors.raw_q.stride(), *self.factors.raw_k.stride()), strict=True))
+        result["stride_table"] = self.table.stride(0) if self.table is not None and self.table.shape[0] > 1 else 0
+        mask = (0, 0, 0)
+        if self.mask is not None:
+            mask = tuple(
+                0 if size == 1 else step for size, step in zip(self.mask.shape, self.mask.stride(), strict=True)
+            )
+        result |= dict(zip(("stride_mask_f", "stride_mask_m", "stride_mask_n"), mask, strict=True))
+        return result
+
+    def numbers(self) -> dict[str, int | float]:
+        """Sizes and factors that every kernel takes."""
+        factors = self.factors
+        result: dict[str, int | float] = {
+            "num_heads": self.num_heads,
+            "group": self.group,
+            "seqlen_q": self.seqlen_q,
+            "seqlen_k": self.seqlen_k,
+            "head_dim": self.head_dim,
+            "head_dim_v": self.head_dim_v,
+            "columns": 0 if factors is None else factors.columns,
+            "rank": 0 if factors is None else factors.rank,
+            "half": 0 if self.table is None else self.table.shape[1] // 2,
+            "left": self.window_left,
+            "right": self.window_right,
+            "scale": self.scale,
+            "inv_scale": 1.0 / self.scale,
+            "phi_mult": 1.0 if factors is None else factors.mult,
+            "dropout_p": self.dropout_p,
+        }
+        for name, sharing in (("pq", self.sharing_q), ("pk", self.sharing_k), ("mask", self.sharing_mask)):
+            result |= dict(zip((f"{name}_s1", f"{name}_v2", f"{name}_s2"), sharing.sizes, strict=True))
+        return result
+
+    def flags(self) -> dict[str, Any]:
+        """Compile-time constants that every kernel takes."""
+        factors = self.factors
+        interpreted = self.q.device.type == "cpu"
+        return {
+            "HAS_LEFT": self.window_left >= 0,
+            "HAS_RIGHT": self.window_right >= 0,
+            "BOTTOM_RIGHT": self.bottom_right,
+            "IS_VARLEN": self.is_varlen,
+            "HAS_PHI": factors is not None,
+            "HAS_RANKS": self.columns_per_head is not None,
+            "PHI_UNSCALED": factors is not None and factors.unscaled,
+            "PHI_RESCALED": factors is not None and factors.mult != 1.0,
+            "PHI_CHUNKS": 1 if factors is None else factors.chunks,
+            "PADDED_R": factors is not None
+            and (factors.columns != factors.block_r * factors.chunks or self.columns_per_head is not None),
+            "TILE_CENTRED": factors is not None and factors.tile_centred,
+            "CENTRE_TILE": packing.CENTRE_TILE,
+            "BLOCK_RANK": 16 if factors is None else triton.next_power_of_2(factors.rank),
+            "HAS_TABLE": self.table is not None,
+            "HAS_CODES": self.code_q is not None,
+            "HAS_MASK": self.mask is not None,
+            "HAS_DROPOUT": self.dropout_p > 0.0,
+            "PADDED_D": self.head_dim != self.block_d,
+            "PADDED_DV": self.head_dim_v != self.block_dv,
+            # Three TF32 products stand for one in float32; the interpreter multiplies in float32 anyway.
+            "PRECISION": "tf32x3" if torch.version.hip is None else "ieee",
+            "INTERPRETED": interpreted,
+            "BLOCK_D": self.block_d,
+            "BLOCK_DV": self.block_dv,
+            "BLOCK_R": 16 if factors is None else factors.block_r,
+        }
+
+
+def _flat(x: Tensor) -> Tensor:
+    """`[B, H, N, D]` with unit stride in the last dimension; a view where strides allow it."""
+    x = x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _shared(full: tuple[int, ...], x: Tensor) -> Sharing:
+    sharing = share(full, tuple(x.shape[: x.dim() - 2]))
+    if sharing is None:
+        raise ValueError(f"a factor of shape {tuple(x.shape)} alternates too often among {full}")
+    return sharing

@@ -1,0 +1,174 @@
+"""Factors as the kernels read them: `packing.pack` in one launch, or the tensors as they are.
+
+The numbers (which parts, which centre) come from `attention/packing.py`; the kernel only applies them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flashbias.attention import packing
+from flashbias.attention.layout import flatten_heads
+
+__all__ = ["Factors"]
+
+HALF = (torch.float16, torch.bfloat16)
+WIDEST_CHUNK = 128
+"""Packed columns that a kernel holds at once; wider factors go chunk by chunk."""
+
+
+@triton.jit
+def _pack_kernel(
+    x_ptr,
+    out_ptr,
+    length,
+    rank,
+    width,
+    stride_f,
+    stride_n,
+    stride_r,
+    centre_tile,
+    inv_scale,
+    PARTS: tl.constexpr,
+    TERMS: tl.constexpr,
+    IS_KEY: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One block of rows of a packed factor; PARTS holds two bits for each term."""
+    blocks = tl.cdiv(length, BLOCK_N)
+    f = tl.cast(tl.program_id(0) // blocks, tl.int64)
+    n = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    r = c // TERMS
+    inside = (n < length)[:, None] & (r < rank)[None, :]
+    row = x_ptr + f * stride_f + r[None, :] * stride_r
+    n64 = n.to(tl.int64)
+    x = tl.load(row + n64[:, None] * stride_n, mask=inside, other=0.0).to(tl.float32)
+    if IS_KEY:
+        centre = tl.minimum(n64 // centre_tile * centre_tile + centre_tile // 2, length - 1)
+        x -= tl.load(row + centre[:, None] * stride_n, mask=inside, other=0.0).to(tl.float32)
+    else:
+        x *= inv_scale
+    if TERMS > 1:
+        part = (PARTS >> (2 * (c % TERMS)))[None, :] & 3
+        p0 = x.to(tl.bfloat16).to(tl.float32)
+        p1 = (x - p0).to(tl.bfloat16).to(tl.float32)
+        p2 = x - p0 - p1
+        x = tl.where(part == 0, p0, tl.where(part == 1, p1, p2))
+    ptrs = out_ptr + (f * length + n64[:, None]) * width + c[None, :]
+    tl.store(ptrs, x.to(out_ptr.dtype.element_ty), mask=(n < length)[:, None] & (c < width)[None, :])
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Operands of one call.
+
+    Attributes:
+        phi_q: `[F_q, N, columns]`; a factor that is the same for all queries has stride 0 there.
+        phi_k: `[F_k, M, columns]`.
+        raw_q: `[F_q, N, R]`, the factor as given (tile offsets are made from it).
+        raw_k: `[F_k, M, R]`.
+        rank: R.
+        terms: packed columns for each rank.
+        columns: width of the operands.
+        block_r: columns that a kernel holds at once, a power of two.
+        unscaled: whether kernels must divide the bias by the scale themselves.
+        mult: what the resident operand is multiplied by when loaded (exact).
+        tile_centred: whether phi_k is centred tile by tile.
+        dphi_k_mult: what turns `ds^T phi_q` into the gradient of phi_k.
+    """
+
+    phi_q: Tensor
+    phi_k: Tensor
+    raw_q: Tensor
+    raw_k: Tensor
+    rank: int
+    terms: int
+    columns: int
+    block_r: int
+    unscaled: bool
+    mult: float
+    tile_centred: bool
+    dphi_k_mult: float
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of `block_r` columns."""
+        return triton.cdiv(self.columns, self.block_r)
+
+    @classmethod
+    def of(cls, phi_q: Tensor, phi_k: Tensor, scale: float, dtype: torch.dtype, centred: bool) -> Factors:
+        """Pack for queries of `dtype`, or take the factors as they are where their products are exact.
+
+        Args:
+            phi_q: `[*own, H or 1, N, R]`.
+            phi_k: `[*own, H or 1, M, R]`.
+            scale: factor of the dot products.
+            dtype: dtype of the queries.
+            centred: whether centring may go tile by tile (not for packed batches).
+
+        Returns:
+            The operands.
+        """
+        raw_q, raw_k = flatten_heads(phi_q), flatten_heads(phi_k)
+        rank = raw_q.shape[-1]
+        if dtype in HALF and raw_q.dtype == raw_k.dtype and raw_q.dtype in HALF:
+            raw_q, raw_k = _unit_stride(raw_q), _unit_stride(raw_k)
+            block_r = _block(rank)
+            # Rescaling by a power of two is exact, but float16 could leave its range.
+            exact = packing.is_power_of_two(scale) and raw_q.dtype == torch.bfloat16 and rank <= block_r
+            mult = 1.0 / scale if exact else 1.0
+            return cls(raw_q, raw_k, raw_q, raw_k, rank, 1, rank, block_r, not exact, mult, False, 1.0)
+        tiled = centred and packing.is_tile_centred(raw_k.shape[-2])
+        terms = packing.products(rank, dtype)
+        operand_dtype = torch.bfloat16 if dtype in HALF else torch.float32
+        block_r = _block(rank * len(terms), WIDEST_CHUNK if dtype in HALF else WIDEST_CHUNK // 2)
+        width = triton.cdiv(rank * len(terms), block_r) * block_r
+        packed_q = _packed(raw_q, scale, [a for a, _ in terms], operand_dtype, width, None)
+        tile = packing.CENTRE_TILE if tiled else 2 * (raw_k.shape[-2] // 2) + 2
+        packed_k = _packed(raw_k, scale, [b for _, b in terms], operand_dtype, width, tile)
+        return cls(
+            packed_q, packed_k, raw_q, raw_k, rank, len(terms), width, block_r, False, 1.0, tiled, scale
+        )  # fmt: skip
+
+
+def _block(columns: int, widest: int = WIDEST_CHUNK) -> int:
+    return min(widest, max(16, triton.next_power_of_2(columns)))
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _packed(
+    x: Tensor, scale: float, parts: list[int], dtype: torch.dtype, width: int, centre_tile: int | None
+) -> Tensor:
+    """`[F, n, width]` of one side; `centre_tile` is None for queries."""
+    length = x.shape[-2]
+    constant = centre_tile is None and x.stride(-2) == 0
+    rows = 1 if constant else length
+    out = x.new_empty(x.shape[0], rows, width, dtype=dtype)
+    block_n, block_c = 64, min(width, 64)
+    grid = (x.shape[0] * triton.cdiv(rows, block_n), triton.cdiv(width, block_c))
+    _pack_kernel[grid](
+        x,
+        out,
+        rows,
+        x.shape[-1],
+        width,
+        *x.stride(),
+        centre_tile or 1,
+        1.0 / scale,
+        PARTS=sum(part << (2 * t) for t, part in enumerate(parts)),
+        TERMS=len(parts),
+        IS_KEY=centre_tile is not None,
+        BLOCK_N=block_n,
+        BLOCK_C=block_c,
+    )
+    return out.expand(-1, length, -1) if constant else out

@@ -1,0 +1,284 @@
+"""Pieces that the forward and backward kernels share: tiles, products, masks, tables, dropout.
+
+A score tile is kept as S / scale until the exponential, so that `exp2(s * scale * log2(e) - m)` is one multiply-add.
+Tiles come in two orientations, queries by keys and keys by queries; functions take index tensors `i` (queries) and
+`j` (keys) that broadcast to the tile, so that one text serves both.
+"""
+
+# Kernels are compiled from source: annotations such as tl.constexpr must stay objects, and jitted functions
+# take many arguments by nature.
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def group_of(bh, s1, v2, s2):
+    """Own index of a factor for the flat (batch, head) index; see `attention/layout.py`."""
+    return (bh // (s1 * v2 * s2)) * v2 + (bh // s2) % v2
+
+
+@triton.jit
+def member_of(f, m, s1, v2, s2):
+    """Flat (batch, head) index of member m of the pairs that share factor f."""
+    return (((f // v2) * s1 + m // s2) * v2 + f % v2) * s2 + m % s2
+
+
+@triton.jit
+def load_tile(ptr, start, rows, cols, stride, num_rows, num_cols, BOUNDED: tl.constexpr, PADDED: tl.constexpr):
+    """`[rows, cols]` of a row-major matrix; BOUNDED rows may pass the end, PADDED columns may pass the width."""
+    # The start is multiplied in 64 bits; offsets within a tile fit into 32.
+    ptrs = ptr + tl.cast(start, tl.int64) * stride + rows[:, None] * stride + cols[None, :]
+    if BOUNDED and PADDED:
+        return tl.load(ptrs, mask=((start + rows) < num_rows)[:, None] & (cols < num_cols)[None, :], other=0.0)
+    elif BOUNDED:
+        return tl.load(ptrs, mask=((start + rows) < num_rows)[:, None], other=0.0)
+    elif PADDED:
+        return tl.load(ptrs, mask=(cols < num_cols)[None, :], other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
+def load_columns(
+    ptr, start, rows, cols, step: tl.constexpr, stride, num_rows, num_cols, BOUNDED: tl.constexpr, PADDED: tl.constexpr
+):
+    """Every `step`-th column of a factor: its leading parts, which are all that gradients need."""
+    ptrs = ptr + tl.cast(start, tl.int64) * stride + rows[:, None] * stride + cols[None, :] * step
+    if BOUNDED:
+        return tl.load(ptrs, mask=((start + rows) < num_rows)[:, None] & (cols < num_cols)[None, :], other=0.0)
+    elif PADDED:
+        return tl.load(ptrs, mask=(cols < num_cols)[None, :], other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
+def store_tile(ptr, start, rows, cols, stride, num_rows, num_cols, tile):
+    """Store a tile within the bounds of a row-major matrix, rounded to its dtype."""
+    ptrs = ptr + tl.cast(start, tl.int64) * stride + rows[:, None] * stride + cols[None, :]
+    inside = ((start + rows) < num_rows)[:, None] & (cols < num_cols)[None, :]
+    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
+    """`acc + a @ b` on the matrix unit; acc None starts from zero."""
+    if INTERPRETED:
+        # The interpreter multiplies bfloat16 operands as if they were integers.
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    if acc is None:
+        return tl.dot(a, b, input_precision=PRECISION)
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def scores(
+    a,
+    b_t,
+    phi_a,
+    phi_b,
+    inv_scale,
+    HAS_PHI: tl.constexpr,
+    PHI_UNSCALED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """S / scale of a tile: the factors first, as one more chunk of the same sum of products."""
+    if HAS_PHI:
+        s = product(phi_a, tl.trans(phi_b), None, PRECISION, INTERPRETED)
+        if PHI_UNSCALED:
+            s *= inv_scale
+        return product(a, b_t, s, PRECISION, INTERPRETED)
+    else:
+        return product(a, b_t, None, PRECISION, INTERPRETED)
+
+
+@triton.jit
+def chunked_bias(
+    a_ptr,
+    b_ptr,
+    start_a,
+    start_b,
+    rows_a,
+    rows_b,
+    stride_a,
+    stride_b,
+    num_a,
+    num_b,
+    columns,
+    inv_scale,
+    ROWS_A: tl.constexpr,
+    ROWS_B: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    PHI_UNSCALED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Bias of a tile over scale for factors wider than one chunk; a head skips the chunks it does not need."""
+    s = tl.zeros([ROWS_A, ROWS_B], dtype=tl.float32)
+    for chunk in tl.range(0, CHUNKS):
+        if chunk * BLOCK_R < columns:
+            cols = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
+            a = load_tile(a_ptr, start_a, rows_a, cols, stride_a, num_a, columns, True, True)
+            b = load_tile(b_ptr, start_b, rows_b, cols, stride_b, num_b, columns, True, True)
+            s = product(a, tl.trans(b), s, PRECISION, INTERPRETED)
+    if PHI_UNSCALED:
+        s *= inv_scale
+    return s
+
+
+@triton.jit
+def tile_offset(
+    raw_q_ptr,
+    raw_k_ptr,
+    start_m,
+    start_n,
+    offs_m,
+    seqlen_q,
+    seqlen_k,
+    stride_q,
+    stride_qr,
+    stride_k,
+    stride_kr,
+    rank,
+    BLOCK_RANK: tl.constexpr,
+    CENTRE_TILE: tl.constexpr,
+):
+    """`phi_q[i] @ (c - c_ref(i))`: what centring phi_k tile by tile took from the scores of these queries."""
+    cols = tl.arange(0, BLOCK_RANK)
+    here = tl.minimum(start_n // CENTRE_TILE * CENTRE_TILE + CENTRE_TILE // 2, seqlen_k - 1)
+    opposite = start_m // CENTRE_TILE * CENTRE_TILE + CENTRE_TILE // 2 + seqlen_k - seqlen_q
+    opposite = tl.minimum(tl.maximum(opposite, 0), seqlen_k - 1)
+    row_k = raw_k_ptr + cols * stride_kr
+    centre = tl.load(row_k + tl.cast(here, tl.int64) * stride_k, mask=cols < rank, other=0.0).to(tl.float32)
+    reference = tl.load(row_k + tl.cast(opposite, tl.int64) * stride_k, mask=cols < rank, other=0.0).to(tl.float32)
+    inside = ((start_m + offs_m) < seqlen_q)[:, None] & (cols < rank)[None, :]
+    ptrs = raw_q_ptr + tl.cast(start_m, tl.int64) * stride_q + offs_m[:, None] * stride_q + cols[None, :] * stride_qr
+    phi_q = tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
+    return tl.sum(phi_q * (centre - reference)[None, :], axis=1)
+
+
+@triton.jit
+def load_codes(code_ptr, start, offs, length, HAS_CODES: tl.constexpr):
+    """Codes of a range of positions; past the end the last one again, so that extremes stay true."""
+    pos = tl.minimum(start + offs, length - 1)
+    if HAS_CODES:
+        return tl.load(code_ptr + pos).to(tl.int32)
+    else:
+        return pos.to(tl.int32)
+
+
+@triton.jit
+def table_index(i_code, j_code, half):
+    """Entry of the relative table for each pair."""
+    return tl.minimum(tl.maximum(j_code - i_code, -half), half) + half
+
+
+@triton.jit
+def tail_of(q_code, k_code, half):
+    """Whether a tile lies wholly in one tail of the table, and the entry of that tail."""
+    lowest = tl.min(k_code, 0) - tl.max(q_code, 0)
+    highest = tl.max(k_code, 0) - tl.min(q_code, 0)
+    in_tail = (highest <= -half) | (lowest >= half)
+    entry = tl.where(lowest >= half, 2 * half, 0)
+    return in_tail, entry
+
+
+@triton.jit
+def add_table(s, table_ptr, q_code, k_code, i_code, j_code, half):
+    """`s + table[...] * log2(e)` for scores in units of log 2; a tile in a tail adds one constant."""
+    in_tail, entry = tail_of(q_code, k_code, half)
+    if in_tail:
+        s += tl.load(table_ptr + entry).to(tl.float32) * LOG2E
+    else:
+        s += tl.load(table_ptr + table_index(i_code, j_code, half)).to(tl.float32) * LOG2E
+    return s
+
+
+@triton.jit
+def band(i, j, shift, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, seqlen_q, seqlen_k):
+    """Pairs that exist and that causal masking and the window leave."""
+    keep = (i < seqlen_q) & (j < seqlen_k)
+    if HAS_RIGHT:
+        keep = keep & (j - i <= shift + right)
+    if HAS_LEFT:
+        keep = keep & (j - i >= shift - left)
+    return keep
+
+
+@triton.jit
+def load_mask(ptr, i, j, stride_m, stride_n, seqlen_q, seqlen_k):
+    """A tile of the user's bool mask."""
+    offsets = i.to(tl.int64) * stride_m + j.to(tl.int64) * stride_n
+    return tl.load(ptr + offsets, mask=(i < seqlen_q) & (j < seqlen_k), other=0) != 0
+
+
+@triton.jit
+def dropout_keep(seed_ptr, bh, i, j, seqlen_q, seqlen_k, dropout_p):
+    """Which weights survive: a counter-based draw of (batch, head, query, key), the same in every kernel."""
+    row = tl.cast(bh, tl.int64) * seqlen_q + i
+    return tl.rand(tl.load(seed_ptr), row * seqlen_k + j) >= dropout_p
+
+
+@triton.jit
+def key_range(
+    start_m,
+    seqlen_k,
+    shift,
+    left,
+    right,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Keys that a block of queries sees: from, first full tile, end of full tiles, to."""
+    lo = 0
+    hi = seqlen_k
+    full_lo = 0
+    full_hi = seqlen_k
+    if HAS_LEFT:
+        lo = tl.maximum(start_m + shift - left, 0) // BLOCK_N * BLOCK_N
+        full_lo = (tl.maximum(start_m + BLOCK_M - 1 + shift - left, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    if HAS_RIGHT:
+        hi = tl.minimum(hi, tl.maximum(start_m + BLOCK_M + shift + right, 0))
+        full_hi = tl.minimum(full_hi, tl.maximum(start_m + shift + right + 1, 0))
+    lo = tl.minimum(lo, hi)
+    full_lo = tl.minimum(tl.maximum(full_lo, lo), hi)
+    full_hi = tl.maximum(full_hi // BLOCK_N * BLOCK_N, full_lo)
+    return lo, full_lo, tl.minimum(full_hi, hi), hi
+
+
+@triton.jit
+def query_range(
+    start_n,
+    seqlen_q,
+    shift,
+    left,
+    right,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Queries that see a block of keys: from, first full tile, end of full tiles, to."""
+    lo = 0
+    hi = seqlen_q
+    full_lo = 0
+    full_hi = seqlen_q
+    if HAS_RIGHT:
+        lo = tl.maximum(start_n - shift - right, 0) // BLOCK_M * BLOCK_M
+        full_lo = (tl.maximum(start_n + BLOCK_N - 1 - shift - right, 0) + BLOCK_M - 1) // BLOCK_M * BLOCK_M
+    if HAS_LEFT:
+        hi = tl.minimum(hi, tl.maximum(start_n + BLOCK_N - shift + left, 0))
+        full_hi = tl.minimum(full_hi, tl.maximum(start_n - shift + left + 1, 0))
+    lo = tl.minimum(lo, hi)
+    full_lo = tl.minimum(tl.maximum(full_lo, lo), hi)
+    full_hi = tl.maximum(full_hi // BLOCK_M * BLOCK_M, full_lo)
+    return lo, full_lo, tl.minimum(full_hi, hi), hi
