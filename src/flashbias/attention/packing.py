@@ -28,7 +28,8 @@ from flashbias.factored import FactoredBias
 
 __all__ = [
     "CENTRE_TILE",
-    "centre_rows",
+    "is_packed",
+    "is_power_of_two",
     "is_tile_centred",
     "pack",
     "products",
@@ -69,6 +70,14 @@ def products(rank: int, dtype: torch.dtype) -> tuple[tuple[int, int], ...]:
     return _SIX if rank <= SIX_UP_TO_RANK else _THREE
 
 
+def is_packed(phi_q: Tensor, phi_k: Tensor, dtype: torch.dtype) -> bool:
+    """Whether factors are centred and split for queries of `dtype`, or used as they are.
+
+    Two half-precision factors of one dtype beside half-precision queries are exact operands already.
+    """
+    return not (dtype in HALF and phi_q.dtype in HALF and phi_q.dtype == phi_k.dtype)
+
+
 def split(x: Tensor, parts: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
     """Write x as a sum of parts that are exact in `dtype`, each the rounding of what is left.
 
@@ -104,40 +113,32 @@ def is_tile_centred(seqlen_k: int) -> bool:
     return seqlen_k > TILE_CENTRE_FROM
 
 
-def centre_rows(seqlen_k: int, device: torch.device, *, tiled: bool | None = None) -> Tensor:
-    """The key whose row of phi_k is subtracted from each key's, int64 `[M]`."""
-    tiled = is_tile_centred(seqlen_k) if tiled is None else tiled
-    if not tiled:
-        return torch.full((seqlen_k,), seqlen_k // 2, device=device)
-    j = torch.arange(seqlen_k, device=device)
-    return (j // CENTRE_TILE * CENTRE_TILE + CENTRE_TILE // 2).clamp(max=seqlen_k - 1)
-
-
-def reference_rows(seqlen_q: int, seqlen_k: int, device: torch.device) -> Tensor:
+def reference_rows(seqlen_q: int, seqlen_k: int, device: torch.device, *, tiled: bool) -> Tensor:
     """The key against which the scores of each query are measured, int64 `[N]`.
 
     Tile by tile it is the key opposite to the query (ends aligned, as in decoding); otherwise the one centre.
     """
-    if not is_tile_centred(seqlen_k):
+    if not tiled:
         return torch.full((seqlen_q,), seqlen_k // 2, device=device)
     i = torch.arange(seqlen_q, device=device)
     opposite = i // CENTRE_TILE * CENTRE_TILE + CENTRE_TILE // 2 + seqlen_k - seqlen_q
     return opposite.clamp(0, seqlen_k - 1)
 
 
-def row_constant(bias: FactoredBias) -> Tensor:
+def row_constant(bias: FactoredBias, *, tiled: bool) -> Tensor:
     """What centring took from each row: add it to the log-sum-exp of centred scores.
 
     The centre counts as a constant: the function does not depend on it, and neither may a gradient.
 
     Args:
         bias: the factors, uncentred.
+        tiled: whether centring went tile by tile.
 
     Returns:
         `[*batch, H or 1, N]` in float32 (float64 for float64 factors), differentiable in phi_q.
     """
     dtype = torch.promote_types(bias.phi_q.dtype, torch.float32)
-    rows = reference_rows(bias.seqlen_q, bias.seqlen_k, bias.device)
+    rows = reference_rows(bias.seqlen_q, bias.seqlen_k, bias.device, tiled=tiled)
     centre = bias.phi_k.detach()[..., rows, :].to(dtype)
     phi_q = bias.phi_q.to(dtype)
     if bias.ranks is not None:

@@ -18,6 +18,7 @@ from flashbias.attention.triton.primitives import (
     load_codes,
     load_mask,
     load_tile,
+    locate,
     product,
     scores,
     store_tile,
@@ -264,32 +265,17 @@ def _fwd_kernel(
     bh = pid // num_blocks
     # Under a causal mask the last blocks are the longest: they go first.
     start_m = (num_blocks - 1 - pid % num_blocks) * BLOCK_M
-    b = bh // num_heads
-    h = bh % num_heads
-    base_q = tl.cast(0, tl.int64)
-    base_k = tl.cast(0, tl.int64)
-    row_lse = tl.cast(bh, tl.int64) * stride_lse
+    b, h, own, base_q, base_k, seqlen_q, seqlen_k, row_lse, shift = locate(
+        bh, num_heads, seqlen_q, seqlen_k, stride_lse, cu_q_ptr, cu_k_ptr, IS_VARLEN, BOTTOM_RIGHT
+    )
     if IS_VARLEN:
-        base_q = tl.load(cu_q_ptr + b).to(tl.int64)
-        base_k = tl.load(cu_k_ptr + b).to(tl.int64)
-        seqlen_q = (tl.load(cu_q_ptr + b + 1) - base_q).to(tl.int32)
-        seqlen_k = (tl.load(cu_k_ptr + b + 1) - base_k).to(tl.int32)
-        row_lse = tl.cast(h, tl.int64) * stride_lse + base_q
         if start_m >= seqlen_q:
             return
-        b = b * 0
-    shift = 0
-    if BOTTOM_RIGHT:
-        shift = seqlen_k - seqlen_q
-
-    b64 = tl.cast(b, tl.int64)
-    h64 = tl.cast(h, tl.int64)
-    q_ptr += b64 * stride_qb + h64 * stride_qh + base_q * stride_qn
-    k_ptr += b64 * stride_kb + (h64 // group) * stride_kh + base_k * stride_kn
-    v_ptr += b64 * stride_vb + (h64 // group) * stride_vh + base_k * stride_vn
-    out_ptr += b64 * stride_ob + h64 * stride_oh + base_q * stride_on + tl.cast(split, tl.int64) * stride_split_out
+    q_ptr += b * stride_qb + h * stride_qh + base_q * stride_qn
+    k_ptr += b * stride_kb + (h // group) * stride_kh + base_k * stride_kn
+    v_ptr += b * stride_vb + (h // group) * stride_vh + base_k * stride_vn
+    out_ptr += b * stride_ob + h * stride_oh + base_q * stride_on + tl.cast(split, tl.int64) * stride_split_out
     lse_ptr += row_lse + tl.cast(split, tl.int64) * stride_split_lse
-    own = b * num_heads + h
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)

@@ -181,9 +181,15 @@ class Operands:
         """head_dim_v likewise."""
         return max(16, triton.next_power_of_2(self.head_dim_v))
 
+    def walk(self, sharing: Sharing) -> Sharing:
+        """Sharing among all (sequence, head) pairs; sequences of a packed batch never share a factor's rows."""
+        if not self.is_varlen:
+            return sharing
+        return Sharing(self.sequences * sharing.v1, sharing.s1, sharing.v2, sharing.s2)
+
     def flat(self, x: Tensor) -> Tensor:
         """A tensor of the queries' leading shape as `[B, H, N, D]`, without a copy."""
-        return x.view(-1, *x.shape[-3:]) if x.dim() != 4 else x
+        return x.view(math.prod(x.shape[:-3]), *x.shape[-3:])
 
     def key_splits(self, blocks: int, block_n: int) -> tuple[int, int]:
         """Parts into which the key range is split so that few queries still fill the GPU, and their size."""

@@ -118,7 +118,7 @@ class Factors:
         """
         raw_q, raw_k = flatten_heads(phi_q), flatten_heads(phi_k)
         rank = raw_q.shape[-1]
-        if dtype in HALF and raw_q.dtype == raw_k.dtype and raw_q.dtype in HALF:
+        if not packing.is_packed(raw_q, raw_k, dtype):
             raw_q, raw_k = _unit_stride(raw_q), _unit_stride(raw_k)
             block_r = _block(rank)
             # Rescaling by a power of two is exact, but float16 could leave its range.
@@ -131,7 +131,7 @@ class Factors:
         block_r = _block(rank * len(terms), WIDEST_CHUNK if dtype in HALF else WIDEST_CHUNK // 2)
         width = triton.cdiv(rank * len(terms), block_r) * block_r
         packed_q = _packed(raw_q, scale, [a for a, _ in terms], operand_dtype, width, None)
-        tile = packing.CENTRE_TILE if tiled else 2 * (raw_k.shape[-2] // 2) + 2
+        tile = packing.CENTRE_TILE if tiled else raw_k.shape[-2]
         packed_k = _packed(raw_k, scale, [b for _, b in terms], operand_dtype, width, tile)
         return cls(
             packed_q, packed_k, raw_q, raw_k, rank, len(terms), width, block_r, False, 1.0, tiled, scale

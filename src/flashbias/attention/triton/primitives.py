@@ -27,6 +27,43 @@ def member_of(f, m, s1, v2, s2):
 
 
 @triton.jit
+def locate(
+    bh,
+    num_heads,
+    seqlen_q,
+    seqlen_k,
+    stride_lse,
+    cu_q_ptr,
+    cu_k_ptr,
+    IS_VARLEN: tl.constexpr,
+    BOTTOM_RIGHT: tl.constexpr,
+):
+    """Where a (batch or sequence, head) lies.
+
+    Returns batch (0 if packed), head, index among the factors' owners, first query, first key, number of both,
+    first row of the log-sum-exp, shift of the diagonal.
+    """
+    b = bh // num_heads
+    h = bh % num_heads
+    own = bh
+    base_q = tl.cast(0, tl.int64)
+    base_k = tl.cast(0, tl.int64)
+    row_lse = tl.cast(bh, tl.int64) * stride_lse
+    if IS_VARLEN:
+        base_q = tl.load(cu_q_ptr + b).to(tl.int64)
+        base_k = tl.load(cu_k_ptr + b).to(tl.int64)
+        seqlen_q = (tl.load(cu_q_ptr + b + 1) - base_q).to(tl.int32)
+        seqlen_k = (tl.load(cu_k_ptr + b + 1) - base_k).to(tl.int32)
+        row_lse = tl.cast(h, tl.int64) * stride_lse + base_q
+        b = b * 0
+        own = h
+    shift = 0
+    if BOTTOM_RIGHT:
+        shift = seqlen_k - seqlen_q
+    return tl.cast(b, tl.int64), tl.cast(h, tl.int64), own, base_q, base_k, seqlen_q, seqlen_k, row_lse, shift
+
+
+@triton.jit
 def load_tile(ptr, start, rows, cols, stride, num_rows, num_cols, BOUNDED: tl.constexpr, PADDED: tl.constexpr):
     """`[rows, cols]` of a row-major matrix; BOUNDED rows may pass the end, PADDED columns may pass the width."""
     # The start is multiplied in 64 bits; offsets within a tile fit into 32.
@@ -134,6 +171,20 @@ def chunked_bias(
 
 
 @triton.jit
+def centre_step(
+    raw_k_ptr, start_m, start_n, cols, seqlen_q, seqlen_k, stride_k, stride_kr, rank, CENTRE_TILE: tl.constexpr
+):
+    """`c - c_ref`: from the key opposite to these queries to the centre of this tile of keys, `[cols]`."""
+    here = tl.minimum(start_n // CENTRE_TILE * CENTRE_TILE + CENTRE_TILE // 2, seqlen_k - 1)
+    opposite = start_m // CENTRE_TILE * CENTRE_TILE + CENTRE_TILE // 2 + seqlen_k - seqlen_q
+    opposite = tl.minimum(tl.maximum(opposite, 0), seqlen_k - 1)
+    row = raw_k_ptr + cols * stride_kr
+    centre = tl.load(row + tl.cast(here, tl.int64) * stride_k, mask=cols < rank, other=0.0).to(tl.float32)
+    reference = tl.load(row + tl.cast(opposite, tl.int64) * stride_k, mask=cols < rank, other=0.0).to(tl.float32)
+    return centre - reference
+
+
+@triton.jit
 def tile_offset(
     raw_q_ptr,
     raw_k_ptr,
@@ -150,18 +201,15 @@ def tile_offset(
     BLOCK_RANK: tl.constexpr,
     CENTRE_TILE: tl.constexpr,
 ):
-    """`phi_q[i] @ (c - c_ref(i))`: what centring phi_k tile by tile took from the scores of these queries."""
+    """`phi_q[i] @ (c - c_ref)`: what centring phi_k tile by tile took from the scores of these queries."""
     cols = tl.arange(0, BLOCK_RANK)
-    here = tl.minimum(start_n // CENTRE_TILE * CENTRE_TILE + CENTRE_TILE // 2, seqlen_k - 1)
-    opposite = start_m // CENTRE_TILE * CENTRE_TILE + CENTRE_TILE // 2 + seqlen_k - seqlen_q
-    opposite = tl.minimum(tl.maximum(opposite, 0), seqlen_k - 1)
-    row_k = raw_k_ptr + cols * stride_kr
-    centre = tl.load(row_k + tl.cast(here, tl.int64) * stride_k, mask=cols < rank, other=0.0).to(tl.float32)
-    reference = tl.load(row_k + tl.cast(opposite, tl.int64) * stride_k, mask=cols < rank, other=0.0).to(tl.float32)
+    step = centre_step(
+        raw_k_ptr, start_m, start_n, cols, seqlen_q, seqlen_k, stride_k, stride_kr, rank, CENTRE_TILE
+    )
     inside = ((start_m + offs_m) < seqlen_q)[:, None] & (cols < rank)[None, :]
     ptrs = raw_q_ptr + tl.cast(start_m, tl.int64) * stride_q + offs_m[:, None] * stride_q + cols[None, :] * stride_qr
     phi_q = tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
-    return tl.sum(phi_q * (centre - reference)[None, :], axis=1)
+    return tl.sum(phi_q * step[None, :], axis=1)
 
 
 @triton.jit
@@ -282,3 +330,67 @@ def query_range(
     full_lo = tl.minimum(tl.maximum(full_lo, lo), hi)
     full_hi = tl.maximum(full_hi // BLOCK_M * BLOCK_M, full_lo)
     return lo, full_lo, tl.minimum(full_hi, hi), hi
+
+
+@triton.jit
+def weights_and_gradients(
+    s,
+    dp,
+    lse2,
+    delta,
+    q_code,
+    k_code,
+    i,
+    j,
+    i_code,
+    j_code,
+    offset,
+    table_ptr,
+    mask_ptr,
+    seed_ptr,
+    bh,
+    seqlen_q,
+    seqlen_k,
+    half,
+    shift,
+    left,
+    right,
+    qk_scale,
+    dropout_p,
+    stride_mask_m,
+    stride_mask_n,
+    BOUNDED: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    TILE_CENTRED: tl.constexpr,
+    HAS_TABLE: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+):
+    """From S / scale and dP of a tile to P (with dropout applied) and dS, in either orientation."""
+    s = s * qk_scale
+    if TILE_CENTRED:
+        s += offset * LOG2E
+    if HAS_TABLE:
+        s = add_table(s, table_ptr, q_code, k_code, i_code, j_code, half)
+    p = tl.exp2(s - lse2)
+    if BOUNDED:
+        keep = band(i, j, shift, left, right, HAS_LEFT, HAS_RIGHT, seqlen_q, seqlen_k)
+        if HAS_MASK:
+            keep = keep & load_mask(mask_ptr, i, j, stride_mask_m, stride_mask_n, seqlen_q, seqlen_k)
+        p = tl.where(keep, p, 0.0)
+    p_dropped = p
+    if HAS_DROPOUT:
+        kept = dropout_keep(seed_ptr, bh, i, j, seqlen_q, seqlen_k, dropout_p)
+        p_dropped = tl.where(kept, p / (1.0 - dropout_p), 0.0)
+        dp = tl.where(kept, dp / (1.0 - dropout_p), 0.0)
+    return p_dropped, p * (dp - delta)
+
+
+@triton.jit
+def load_rows(lse_ptr, delta_ptr, start_m, offs_m, seqlen_q):
+    """Log-sum-exp in units of log 2 (+inf where a row is dead or absent, so that its weights are 0) and delta."""
+    inside = (start_m + offs_m) < seqlen_q
+    lse = tl.load(lse_ptr + start_m + offs_m, mask=inside, other=float("inf"))
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)
+    return lse * LOG2E, tl.load(delta_ptr + start_m + offs_m, mask=inside, other=0.0)

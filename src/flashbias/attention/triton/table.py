@@ -1,0 +1,300 @@
+"""Gradient of a relative table, bitwise repeatable.
+
+Many score gradients fall on one entry of the table, in an order that no two runs share. They are therefore added
+as 64-bit integers, whose sum does not depend on the order: dS times a power of two, chosen from a bound on the sum
+so that it cannot overflow. With |dS_ij| <= P_ij * (2 max|dout| max|v| / (1 - dropout) + max|dlse|) and rows of P
+that sum to 1, the sum of all |dS| is at most rows * that bound; what is rounded off is 2^-61 of it.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from flashbias.attention.layout import Sharing
+from flashbias.attention.triton.configs import choose
+from flashbias.attention.triton.operands import Operands, multiprocessors
+from flashbias.attention.triton.primitives import (
+    LOG2E,
+    chunked_bias,
+    group_of,
+    load_codes,
+    load_rows,
+    load_tile,
+    locate,
+    member_of,
+    product,
+    scores,
+    table_index,
+    tail_of,
+    tile_offset,
+    weights_and_gradients,
+)
+
+BITS = 61
+"""Bits of the fixed-point sum: a sign, one for rounding, and these."""
+
+
+@triton.jit
+def _bwd_dtable_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    phi_q_ptr,
+    phi_k_ptr,
+    raw_phi_q_ptr,
+    raw_phi_k_ptr,
+    columns_ptr,
+    table_ptr,
+    code_q_ptr,
+    code_k_ptr,
+    mask_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
+    seed_ptr,
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,
+    sum_ptr,
+    fixed_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_lse,
+    stride_pqf,
+    stride_pq,
+    stride_pkf,
+    stride_pk,
+    stride_raw_qf,
+    stride_raw_qn,
+    stride_raw_qr,
+    stride_raw_kf,
+    stride_raw_kn,
+    stride_raw_kr,
+    stride_table,
+    stride_mask_f,
+    stride_mask_m,
+    stride_mask_n,
+    stride_dob,
+    stride_doh,
+    stride_don,
+    num_heads,
+    group,
+    seqlen_q,
+    seqlen_k,
+    head_dim,
+    head_dim_v,
+    columns,
+    rank,
+    half,
+    left,
+    right,
+    scale,
+    inv_scale,
+    phi_mult,
+    dropout_p,
+    pq_s1,
+    pq_v2,
+    pq_s2,
+    pk_s1,
+    pk_v2,
+    pk_s2,
+    mask_s1,
+    mask_v2,
+    mask_s2,
+    walk_s1,
+    walk_v2,
+    walk_s2,
+    num_blocks_m,
+    num_blocks_n,
+    num_members,
+    members_per_split,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    BOTTOM_RIGHT: tl.constexpr,
+    IS_VARLEN: tl.constexpr,
+    HAS_PHI: tl.constexpr,
+    HAS_RANKS: tl.constexpr,
+    PHI_UNSCALED: tl.constexpr,
+    PHI_RESCALED: tl.constexpr,
+    PHI_CHUNKS: tl.constexpr,
+    PADDED_R: tl.constexpr,
+    TILE_CENTRED: tl.constexpr,
+    CENTRE_TILE: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    HAS_TABLE: tl.constexpr,
+    HAS_CODES: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    PADDED_D: tl.constexpr,
+    PADDED_DV: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """dS of one tile, member by member, added to the entries of the table that it read."""
+    pid = tl.program_id(0)
+    split = tl.program_id(1)
+    start_n = (pid % num_blocks_n) * BLOCK_N
+    start_m = ((pid // num_blocks_n) % num_blocks_m) * BLOCK_M
+    walk = pid // (num_blocks_n * num_blocks_m)
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    offs_r = tl.arange(0, BLOCK_R)
+    fixed = tl.load(fixed_ptr)
+    ds_sum = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    q_code = offs_m
+    k_code = offs_n
+
+    first_member = split * members_per_split
+    for member in tl.range(first_member, tl.minimum(first_member + members_per_split, num_members)):
+        bh = member_of(walk, member, walk_s1, walk_v2, walk_s2)
+        b, h, own, base_q, base_k, n_q, n_k, row_lse, shift = locate(
+            bh, num_heads, seqlen_q, seqlen_k, stride_lse, cu_q_ptr, cu_k_ptr, IS_VARLEN, BOTTOM_RIGHT
+        )
+        nearest = start_n - (start_m + BLOCK_M - 1) - shift
+        farthest = start_n + BLOCK_N - 1 - start_m - shift
+        visible = (start_m < n_q) & (start_n < n_k)
+        if HAS_RIGHT:
+            visible = visible & (nearest <= right)
+        if HAS_LEFT:
+            visible = visible & (farthest >= -left)
+        if visible:
+            q_base = q_ptr + b * stride_qb + h * stride_qh + base_q * stride_qn
+            k_base = k_ptr + b * stride_kb + (h // group) * stride_kh + base_k * stride_kn
+            v_base = v_ptr + b * stride_vb + (h // group) * stride_vh + base_k * stride_vn
+            do_base = dout_ptr + b * stride_dob + h * stride_doh + base_q * stride_don
+            q = load_tile(q_base, start_m, offs_m, offs_d, stride_qn, n_q, head_dim, True, PADDED_D)
+            k = load_tile(k_base, start_n, offs_n, offs_d, stride_kn, n_k, head_dim, True, PADDED_D)
+            v = load_tile(v_base, start_n, offs_n, offs_dv, stride_vn, n_k, head_dim_v, True, PADDED_DV)
+            do = load_tile(do_base, start_m, offs_m, offs_dv, stride_don, n_q, head_dim_v, True, PADDED_DV)
+            lse2, delta = load_rows(lse_ptr + row_lse, delta_ptr + row_lse, start_m, offs_m, n_q)
+            phi_q = q
+            phi_k = k
+            offset = 0.0
+            if HAS_PHI:
+                f_q = tl.cast(group_of(own, pq_s1, pq_v2, pq_s2), tl.int64)
+                f_k = tl.cast(group_of(own, pk_s1, pk_v2, pk_s2), tl.int64)
+                if HAS_RANKS:
+                    columns = tl.load(columns_ptr + h)
+                pq_base = phi_q_ptr + f_q * stride_pqf + base_q * stride_pq
+                pk_base = phi_k_ptr + f_k * stride_pkf + base_k * stride_pk
+                if TILE_CENTRED:
+                    offset = tile_offset(
+                        raw_phi_q_ptr + f_q * stride_raw_qf, raw_phi_k_ptr + f_k * stride_raw_kf, start_m, start_n,
+                        offs_m, n_q, n_k, stride_raw_qn, stride_raw_qr, stride_raw_kn, stride_raw_kr, rank,
+                        BLOCK_RANK, CENTRE_TILE,
+                    )[:, None]  # fmt: skip
+                if PHI_CHUNKS == 1:
+                    phi_q = load_tile(pq_base, start_m, offs_m, offs_r, stride_pq, n_q, columns, True, PADDED_R)
+                    phi_k = load_tile(pk_base, start_n, offs_n, offs_r, stride_pk, n_k, columns, True, PADDED_R)
+                    if PHI_RESCALED:
+                        phi_q = (phi_q.to(tl.float32) * phi_mult).to(phi_q_ptr.dtype.element_ty)
+            if HAS_PHI and PHI_CHUNKS > 1:
+                s = chunked_bias(
+                    pq_base, pk_base, start_m, start_n, offs_m, offs_n, stride_pq, stride_pk, n_q, n_k, columns,
+                    inv_scale, BLOCK_M, BLOCK_N, BLOCK_R, PHI_CHUNKS, PHI_UNSCALED, PRECISION, INTERPRETED,
+                )  # fmt: skip
+                s = product(q, tl.trans(k), s, PRECISION, INTERPRETED)
+            else:
+                s = scores(q, tl.trans(k), phi_q, phi_k, inv_scale, HAS_PHI, PHI_UNSCALED, PRECISION, INTERPRETED)
+            dp = product(do, tl.trans(v), None, PRECISION, INTERPRETED)
+            q_codes = code_q_ptr
+            k_codes = code_k_ptr
+            if HAS_CODES:
+                q_codes = code_q_ptr + base_q
+                k_codes = code_k_ptr + base_k
+            q_code = load_codes(q_codes, start_m, offs_m, n_q, HAS_CODES)
+            k_code = load_codes(k_codes, start_n, offs_n, n_k, HAS_CODES)
+            mask_base = mask_ptr
+            if HAS_MASK:
+                mask_base = mask_ptr + tl.cast(group_of(own, mask_s1, mask_v2, mask_s2), tl.int64) * stride_mask_f
+            p, ds = weights_and_gradients(
+                s, dp, lse2[:, None], delta[:, None], q_code, k_code, (start_m + offs_m)[:, None],
+                (start_n + offs_n)[None, :], q_code[:, None], k_code[None, :], offset, table_ptr + h * stride_table,
+                mask_base, seed_ptr, bh, n_q, n_k, half, shift, left, right, scale * LOG2E, dropout_p,
+                stride_mask_m, stride_mask_n, True, HAS_LEFT, HAS_RIGHT, TILE_CENTRED, HAS_TABLE, HAS_MASK,
+                HAS_DROPOUT,
+            )  # fmt: skip
+            if IS_VARLEN:
+                # Sequences differ in their codes: each adds its own.
+                _add_entries(sum_ptr + walk * (2 * half + 1), ds * fixed, q_code, k_code, half)
+            else:
+                ds_sum += ds
+    if not IS_VARLEN:
+        q_code = load_codes(code_q_ptr, start_m, offs_m, seqlen_q, HAS_CODES)
+        k_code = load_codes(code_k_ptr, start_n, offs_n, seqlen_k, HAS_CODES)
+        _add_entries(sum_ptr + walk * (2 * half + 1), ds_sum * fixed, q_code, k_code, half)
+
+
+@triton.jit
+def _add_entries(sum_ptr, ds, q_code, k_code, half):
+    """Add a tile to the table's sums, as integers; a tile in one tail is summed first."""
+    in_tail, entry = tail_of(q_code, k_code, half)
+    ds = tl.floor(ds + 0.5).to(tl.int64)
+    if in_tail:
+        tl.atomic_add(sum_ptr + entry, tl.sum(tl.sum(ds, 1), 0))
+    else:
+        tl.atomic_add(sum_ptr + table_index(q_code[:, None], k_code[None, :], half), ds)
+
+
+def _fixed_point(ops: Operands, dout: torch.Tensor, dlse: torch.Tensor | None) -> torch.Tensor:
+    """The power of two by which dS is multiplied, a scalar tensor (no synchronisation)."""
+
+    def longest_row(x: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).amax()
+
+    bound = 2.0 * longest_row(dout) * longest_row(ops.v) / (1.0 - ops.dropout_p)
+    if dlse is not None:
+        bound = bound + dlse.abs().amax()
+    rows = ops.batch * ops.num_heads * ops.seqlen_q
+    _, exponent = torch.frexp(bound.double() * rows)
+    # float32 holds powers of two up to 2^127: gradients so small that more would be needed are zero.
+    return torch.ldexp(torch.ones_like(bound), (BITS - exponent).clamp(-126, 126))
+
+
+def launch(
+    ops: Operands, grad: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor | None, rows: dict[str, Any]
+) -> None:
+    """Fill the gradient of the table, `[H or 1, T]`."""
+    config = choose("dtable", ops)
+    blocks_m = triton.cdiv(ops.max_seqlen_q, config.block_m)
+    blocks_n = triton.cdiv(ops.max_seqlen_k, config.block_n)
+    heads = grad.shape[0]
+    sharing = Sharing(1, ops.num_programs // heads, heads, 1)
+    programs = blocks_m * blocks_n * heads
+    splits = max(1, min(sharing.members, triton.cdiv(8 * multiprocessors(ops.q.device), programs)))
+    sums = torch.zeros(grad.shape, dtype=torch.int64, device=grad.device)
+    fixed = _fixed_point(ops, dout, dlse)
+    _bwd_dtable_kernel[(programs, splits)](
+        **ops.tensors(),
+        **rows,
+        sum_ptr=sums,
+        fixed_ptr=fixed,
+        **ops.strides(),
+        **ops.numbers(),
+        **dict(zip(("walk_s1", "walk_v2", "walk_s2"), sharing.sizes, strict=True)),
+        num_blocks_m=blocks_m,
+        num_blocks_n=blocks_n,
+        num_members=sharing.members,
+        members_per_split=triton.cdiv(sharing.members, splits),
+        **ops.flags(),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    grad.copy_(sums.double() / fixed.double())
