@@ -24,18 +24,19 @@ from flashbias.attention.triton.configs import Config, choose
 from flashbias.attention.triton.operands import Operands, multiprocessors
 from flashbias.attention.triton.primitives import (
     LOG2E,
+    add_factor_gradient,
     chunked_bias,
     centre_step,
     group_of,
     key_range,
     load_codes,
-    load_columns,
     load_rows,
     load_tile,
     locate,
     member_of,
     product,
     query_range,
+    resident_factor,
     scores,
     store_tile,
     tile_offset,
@@ -48,7 +49,9 @@ def _bwd_delta_kernel(
     out_ptr,
     dout_ptr,
     dlse_ptr,
+    lse_ptr,
     delta_ptr,
+    lse2_ptr,
     stride_ob,
     stride_oh,
     stride_on,
@@ -63,7 +66,10 @@ def _bwd_delta_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """`rowsum(dout * out) - dlse` of a block of rows: what a score's gradient is measured from."""
+    """`rowsum(dout * out) - dlse`, from which a score's gradient is measured, and lse in units of log 2.
+
+    Rows that attend to nothing get +inf, so that their weights come out as exp2(-inf) = 0.
+    """
     bh = tl.program_id(0) // num_blocks
     start_m = (tl.program_id(0) % num_blocks) * BLOCK_M
     b, h = tl.cast(bh // num_heads, tl.int64), tl.cast(bh % num_heads, tl.int64)
@@ -78,6 +84,8 @@ def _bwd_delta_kernel(
     if HAS_DLSE:
         delta -= tl.load(dlse_ptr + rows, mask=inside, other=0.0)
     tl.store(delta_ptr + rows, delta, mask=inside)
+    lse = tl.load(lse_ptr + rows, mask=inside, other=0.0)
+    tl.store(lse2_ptr + rows, tl.where(lse == float("-inf"), float("inf"), lse * LOG2E), mask=inside)
 
 
 @triton.jit
@@ -114,9 +122,9 @@ def _bwd_dkdv_kernel(
     stride_vn,
     stride_lse,
     stride_pqf,
-    stride_pq,
+    stride_pq: tl.constexpr,
     stride_pkf,
-    stride_pk,
+    stride_pk: tl.constexpr,
     stride_raw_qf,
     stride_raw_qn,
     stride_raw_qr,
@@ -143,16 +151,15 @@ def _bwd_dkdv_kernel(
     group,
     seqlen_q,
     seqlen_k,
-    head_dim,
-    head_dim_v,
-    columns,
-    rank,
+    head_dim: tl.constexpr,
+    head_dim_v: tl.constexpr,
+    columns: tl.constexpr,
+    rank: tl.constexpr,
     half,
     left,
     right,
     scale,
     inv_scale,
-    phi_mult,
     dropout_p,
     pq_s1,
     pq_v2,
@@ -177,8 +184,7 @@ def _bwd_dkdv_kernel(
     IS_VARLEN: tl.constexpr,
     HAS_PHI: tl.constexpr,
     HAS_RANKS: tl.constexpr,
-    PHI_UNSCALED: tl.constexpr,
-    PHI_RESCALED: tl.constexpr,
+    PHI_MODE: tl.constexpr,
     PHI_CHUNKS: tl.constexpr,
     PADDED_R: tl.constexpr,
     TILE_CENTRED: tl.constexpr,
@@ -198,6 +204,8 @@ def _bwd_dkdv_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK_R: tl.constexpr,
     TERMS: tl.constexpr,
+    TWO_PARTS: tl.constexpr,
+    PHI_IN_REGISTERS: tl.constexpr,
     STORE_DKDV: tl.constexpr,
     SUM_DKDV: tl.constexpr,
     STORE_DPHI: tl.constexpr,
@@ -240,10 +248,12 @@ def _bwd_dkdv_kernel(
         k = load_tile(k_base, start_n, offs_n, offs_d, stride_kn, seqlen_k, head_dim, True, PADDED_D)
         v = load_tile(v_base, start_n, offs_n, offs_dv, stride_vn, seqlen_k, head_dim_v, True, PADDED_DV)
         phi_k = k
+        phi_lo = k
         pq_base = phi_q_ptr
         pk_base = phi_k_ptr
         raw_q_base = raw_phi_q_ptr
         raw_k_base = raw_phi_k_ptr
+        width = columns
         if HAS_PHI:
             f_q = tl.cast(group_of(own, pq_s1, pq_v2, pq_s2), tl.int64)
             f_k = tl.cast(group_of(own, pk_s1, pk_v2, pk_s2), tl.int64)
@@ -252,11 +262,10 @@ def _bwd_dkdv_kernel(
             raw_q_base = raw_phi_q_ptr + f_q * stride_raw_qf
             raw_k_base = raw_phi_k_ptr + f_k * stride_raw_kf
             if HAS_RANKS:
-                columns = tl.load(columns_ptr + h)
+                width = tl.load(columns_ptr + h)
             if PHI_CHUNKS == 1:
-                phi_k = load_tile(pk_base, start_n, offs_n, offs_r, stride_pk, seqlen_k, columns, True, PADDED_R)
-                if PHI_RESCALED:
-                    phi_k = (phi_k.to(tl.float32) * phi_mult).to(phi_k_ptr.dtype.element_ty)
+                phi_k = load_tile(pk_base, start_n, offs_n, offs_r, stride_pk, seqlen_k, width, True, PADDED_R)
+                phi_k, phi_lo = resident_factor(phi_k, inv_scale, PHI_MODE)
         table_base = table_ptr
         q_codes = code_q_ptr
         k_code = offs_n
@@ -289,32 +298,31 @@ def _bwd_dkdv_kernel(
                 first, last = full_lo, full_hi
             else:
                 first, last = full_hi, hi
-            BOUNDED: tl.constexpr = stage != 1
             # Queries past the end have weight 0 anyway (see load_rows); only bands and masks need a where.
             if stage != 0 or HAS_RIGHT or HAS_MASK:
                 for start_m in tl.range(first, last, BLOCK_M):
                     # [BLOCK_M, BLOCK_D], [BLOCK_M, BLOCK_DV]
-                    q = load_tile(q_base, start_m, offs_m, offs_d, stride_qn, seqlen_q, head_dim, BOUNDED, PADDED_D)
+                    q = load_tile(q_base, start_m, offs_m, offs_d, stride_qn, seqlen_q, head_dim, stage != 1, PADDED_D)
                     phi_q = q
                     if HAS_PHI and PHI_CHUNKS > 1:
                         s = chunked_bias(
                             pk_base, pq_base, start_n, start_m, offs_n, offs_m, stride_pk, stride_pq, seqlen_k,
-                            seqlen_q, columns, inv_scale, BLOCK_N, BLOCK_M, BLOCK_R, PHI_CHUNKS, PHI_UNSCALED,
+                            seqlen_q, width, inv_scale, BLOCK_N, BLOCK_M, BLOCK_R, PHI_CHUNKS, PHI_MODE,
                             PRECISION, INTERPRETED,
                         )  # fmt: skip
                         s = product(k, tl.trans(q), s, PRECISION, INTERPRETED)
                     else:
                         if HAS_PHI:
                             phi_q = load_tile(
-                                pq_base, start_m, offs_m, offs_r, stride_pq, seqlen_q, columns, BOUNDED, PADDED_R
+                                pq_base, start_m, offs_m, offs_r, stride_pq, seqlen_q, width, stage != 1, PADDED_R
                             )
                         # [BLOCK_N, BLOCK_M]: keys by queries
                         s = scores(
-                            k, tl.trans(q), phi_k, phi_q, inv_scale, HAS_PHI, PHI_UNSCALED, PRECISION, INTERPRETED
+                            k, tl.trans(q), phi_k, phi_lo, phi_q, inv_scale, HAS_PHI, PHI_MODE, PRECISION, INTERPRETED
                         )
-                    lse2, delta = load_rows(lse_ptr + row_lse, delta_ptr + row_lse, start_m, offs_m, seqlen_q)
+                    lse2, delta = load_rows(lse_ptr + row_lse, delta_ptr + row_lse, start_m, offs_m, seqlen_q, stage != 1)
                     do = load_tile(
-                        do_base, start_m, offs_m, offs_dv, stride_don, seqlen_q, head_dim_v, BOUNDED, PADDED_DV
+                        do_base, start_m, offs_m, offs_dv, stride_don, seqlen_q, head_dim_v, stage != 1, PADDED_DV
                     )
                     dp = product(v, tl.trans(do), None, PRECISION, INTERPRETED)
                     offset = 0.0
@@ -330,21 +338,18 @@ def _bwd_dkdv_kernel(
                         s, dp, lse2[None, :], delta[None, :], q_code, k_code, (start_m + offs_m)[None, :],
                         (start_n + offs_n)[:, None], q_code[None, :], k_code[:, None], offset, table_base, mask_base,
                         seed_ptr, bh, seqlen_q, seqlen_k, half, shift, left, right, qk_scale, dropout_p,
-                        stride_mask_m, stride_mask_n, BOUNDED, HAS_LEFT, HAS_RIGHT, TILE_CENTRED, HAS_TABLE,
+                        stride_mask_m, stride_mask_n, stage != 1, HAS_LEFT, HAS_RIGHT, TILE_CENTRED, HAS_TABLE,
                         HAS_MASK, HAS_DROPOUT,
                     )  # fmt: skip
                     if STORE_DKDV:
                         dv = product(p.to(do.dtype), do, dv, PRECISION, INTERPRETED)
                         dk = product(ds.to(q.dtype), q, dk, PRECISION, INTERPRETED)
                     if STORE_DPHI:
-                        if TERMS == 1 and PHI_CHUNKS == 1 and BLOCK_G == BLOCK_R:
-                            grad_q = phi_q
-                        else:
-                            grad_q = load_columns(
-                                pq_base + first_column * TERMS, start_m, offs_m, offs_g, TERMS, stride_pq, seqlen_q,
-                                tl.minimum(rank, columns // TERMS) - first_column, BOUNDED, True,
-                            )  # fmt: skip
-                        dphi = product(ds.to(grad_q.dtype), grad_q, dphi, PRECISION, INTERPRETED)
+                        dphi = add_factor_gradient(
+                            dphi, ds, phi_q, pq_base + first_column * TERMS, start_m, offs_m, offs_g, stride_pq,
+                            seqlen_q, tl.minimum(rank, width // TERMS) - first_column, 2 * TWO_PARTS, TERMS,
+                            PHI_IN_REGISTERS, stage != 1, PRECISION, INTERPRETED,
+                        )  # fmt: skip
 
         if STORE_DKDV and not SUM_DKDV:
             dk_base = dk_ptr + b * stride_dkb + h * stride_dkh + base_k * stride_dkn
@@ -411,9 +416,9 @@ def _bwd_dq_kernel(
     stride_vn,
     stride_lse,
     stride_pqf,
-    stride_pq,
+    stride_pq: tl.constexpr,
     stride_pkf,
-    stride_pk,
+    stride_pk: tl.constexpr,
     stride_raw_qf,
     stride_raw_qn,
     stride_raw_qr,
@@ -437,16 +442,15 @@ def _bwd_dq_kernel(
     group,
     seqlen_q,
     seqlen_k,
-    head_dim,
-    head_dim_v,
-    columns,
-    rank,
+    head_dim: tl.constexpr,
+    head_dim_v: tl.constexpr,
+    columns: tl.constexpr,
+    rank: tl.constexpr,
     half,
     left,
     right,
     scale,
     inv_scale,
-    phi_mult,
     dropout_p,
     pq_s1,
     pq_v2,
@@ -470,8 +474,7 @@ def _bwd_dq_kernel(
     IS_VARLEN: tl.constexpr,
     HAS_PHI: tl.constexpr,
     HAS_RANKS: tl.constexpr,
-    PHI_UNSCALED: tl.constexpr,
-    PHI_RESCALED: tl.constexpr,
+    PHI_MODE: tl.constexpr,
     PHI_CHUNKS: tl.constexpr,
     PADDED_R: tl.constexpr,
     TILE_CENTRED: tl.constexpr,
@@ -491,6 +494,8 @@ def _bwd_dq_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK_R: tl.constexpr,
     TERMS: tl.constexpr,
+    TWO_PARTS: tl.constexpr,
+    PHI_IN_REGISTERS: tl.constexpr,
     STORE_DQ: tl.constexpr,
     STORE_DPHI: tl.constexpr,
     SUM_DPHI: tl.constexpr,
@@ -525,12 +530,14 @@ def _bwd_dq_kernel(
         # [BLOCK_M, BLOCK_D], [BLOCK_M, BLOCK_DV]
         q = load_tile(q_base, start_m, offs_m, offs_d, stride_qn, seqlen_q, head_dim, True, PADDED_D)
         do = load_tile(do_base, start_m, offs_m, offs_dv, stride_don, seqlen_q, head_dim_v, True, PADDED_DV)
-        lse2, delta = load_rows(lse_ptr + row_lse, delta_ptr + row_lse, start_m, offs_m, seqlen_q)
+        lse2, delta = load_rows(lse_ptr + row_lse, delta_ptr + row_lse, start_m, offs_m, seqlen_q, True)
         phi_q = q
+        phi_lo = q
         pq_base = phi_q_ptr
         pk_base = phi_k_ptr
         raw_q_base = raw_phi_q_ptr
         raw_k_base = raw_phi_k_ptr
+        width = columns
         if HAS_PHI:
             f_q = tl.cast(group_of(own, pq_s1, pq_v2, pq_s2), tl.int64)
             f_k = tl.cast(group_of(own, pk_s1, pk_v2, pk_s2), tl.int64)
@@ -539,11 +546,10 @@ def _bwd_dq_kernel(
             raw_q_base = raw_phi_q_ptr + f_q * stride_raw_qf
             raw_k_base = raw_phi_k_ptr + f_k * stride_raw_kf
             if HAS_RANKS:
-                columns = tl.load(columns_ptr + h)
+                width = tl.load(columns_ptr + h)
             if PHI_CHUNKS == 1:
-                phi_q = load_tile(pq_base, start_m, offs_m, offs_r, stride_pq, seqlen_q, columns, True, PADDED_R)
-                if PHI_RESCALED:
-                    phi_q = (phi_q.to(tl.float32) * phi_mult).to(phi_q_ptr.dtype.element_ty)
+                phi_q = load_tile(pq_base, start_m, offs_m, offs_r, stride_pq, seqlen_q, width, True, PADDED_R)
+                phi_q, phi_lo = resident_factor(phi_q, inv_scale, PHI_MODE)
         table_base = table_ptr
         k_codes = code_k_ptr
         q_code = offs_m
@@ -577,29 +583,28 @@ def _bwd_dq_kernel(
                 first, last = full_lo, full_hi
             else:
                 first, last = full_hi, hi
-            BOUNDED: tl.constexpr = stage != 1
             if stage != 0 or HAS_LEFT or HAS_MASK:
                 for start_n in tl.range(first, last, BLOCK_N):
                     # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_DV]
-                    k = load_tile(k_base, start_n, offs_n, offs_d, stride_kn, seqlen_k, head_dim, BOUNDED, PADDED_D)
+                    k = load_tile(k_base, start_n, offs_n, offs_d, stride_kn, seqlen_k, head_dim, stage != 1, PADDED_D)
                     phi_k = k
                     if HAS_PHI and PHI_CHUNKS > 1:
                         s = chunked_bias(
                             pq_base, pk_base, start_m, start_n, offs_m, offs_n, stride_pq, stride_pk, seqlen_q,
-                            seqlen_k, columns, inv_scale, BLOCK_M, BLOCK_N, BLOCK_R, PHI_CHUNKS, PHI_UNSCALED,
+                            seqlen_k, width, inv_scale, BLOCK_M, BLOCK_N, BLOCK_R, PHI_CHUNKS, PHI_MODE,
                             PRECISION, INTERPRETED,
                         )  # fmt: skip
                         s = product(q, tl.trans(k), s, PRECISION, INTERPRETED)
                     else:
                         if HAS_PHI:
                             phi_k = load_tile(
-                                pk_base, start_n, offs_n, offs_r, stride_pk, seqlen_k, columns, BOUNDED, PADDED_R
+                                pk_base, start_n, offs_n, offs_r, stride_pk, seqlen_k, width, stage != 1, PADDED_R
                             )
                         s = scores(
-                            q, tl.trans(k), phi_q, phi_k, inv_scale, HAS_PHI, PHI_UNSCALED, PRECISION, INTERPRETED
+                            q, tl.trans(k), phi_q, phi_lo, phi_k, inv_scale, HAS_PHI, PHI_MODE, PRECISION, INTERPRETED
                         )
                     v = load_tile(
-                        v_base, start_n, offs_n, offs_dv, stride_vn, seqlen_k, head_dim_v, BOUNDED, PADDED_DV
+                        v_base, start_n, offs_n, offs_dv, stride_vn, seqlen_k, head_dim_v, stage != 1, PADDED_DV
                     )
                     dp = product(do, tl.trans(v), None, PRECISION, INTERPRETED)
                     offset = 0.0
@@ -615,20 +620,17 @@ def _bwd_dq_kernel(
                         s, dp, lse2[:, None], delta[:, None], q_code, k_code, (start_m + offs_m)[:, None],
                         (start_n + offs_n)[None, :], q_code[:, None], k_code[None, :], offset, table_base, mask_base,
                         seed_ptr, bh, seqlen_q, seqlen_k, half, shift, left, right, qk_scale, dropout_p,
-                        stride_mask_m, stride_mask_n, BOUNDED, HAS_LEFT, HAS_RIGHT, TILE_CENTRED, HAS_TABLE,
+                        stride_mask_m, stride_mask_n, stage != 1, HAS_LEFT, HAS_RIGHT, TILE_CENTRED, HAS_TABLE,
                         HAS_MASK, HAS_DROPOUT,
                     )  # fmt: skip
                     if STORE_DQ:
                         dq = product(ds.to(k.dtype), k, dq, PRECISION, INTERPRETED)
                     if STORE_DPHI:
-                        if TERMS == 1 and PHI_CHUNKS == 1 and BLOCK_G == BLOCK_R:
-                            grad_k = phi_k
-                        else:
-                            grad_k = load_columns(
-                                pk_base + first_column * TERMS, start_n, offs_n, offs_g, TERMS, stride_pk, seqlen_k,
-                                tl.minimum(rank, columns // TERMS) - first_column, BOUNDED, True,
-                            )  # fmt: skip
-                        dphi = product(ds.to(grad_k.dtype), grad_k, dphi, PRECISION, INTERPRETED)
+                        dphi = add_factor_gradient(
+                            dphi, ds, phi_k, pk_base + first_column * TERMS, start_n, offs_n, offs_g, stride_pk,
+                            seqlen_k, tl.minimum(rank, width // TERMS) - first_column, TWO_PARTS, TERMS,
+                            PHI_IN_REGISTERS, stage != 1, PRECISION, INTERPRETED,
+                        )  # fmt: skip
                         if TILE_CENTRED:
                             # The operand is phi_k - c; the gradient belongs to phi_k - c_ref.
                             step = centre_step(
@@ -699,14 +701,16 @@ def launch(
     """
     ops = Operands.of(*arguments)
     dout = ops.flat(dout if dout.stride(-1) == 1 else dout.contiguous())
-    delta = torch.empty_like(lse)
+    delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
     blocks = triton.cdiv(ops.seqlen_q, 64)
     out = ops.flat(out)
     _bwd_delta_kernel[(blocks * ops.batch * ops.num_heads,)](
         out,
         dout,
         None if dlse is None else dlse.contiguous(),
+        lse,
         delta,
+        lse2,
         *out.stride()[:3],
         *dout.stride()[:3],
         ops.num_heads,
@@ -718,7 +722,7 @@ def launch(
         BLOCK_DV=ops.block_dv,
     )
     need_q, need_k, need_v, need_phi_q, need_phi_k, need_table = needs_grad
-    rows = {"dout_ptr": dout, "lse_ptr": lse, "delta_ptr": delta}
+    rows = {"dout_ptr": dout, "lse_ptr": lse2, "delta_ptr": delta}
     rows |= {f"stride_do{axis}": dout.stride(n) for n, axis in enumerate("bhn")}
     if window.fits(ops, needs_grad):
         window.launch(ops, grads, rows, needs_grad)
@@ -819,6 +823,11 @@ def _launch_walk(
             **ops.flags(),
             **own_flags(first_column == 0),
             TERMS=1 if factors is None else factors.terms,
+            TWO_PARTS=int(ops.needs_two_parts),
+            PHI_IN_REGISTERS=factors is not None
+            and factors.terms == 1
+            and factors.chunks == 1
+            and factors.block_r == block_g,
             STORE_DPHI=walk.store_phi,
             SUM_DPHI=walk.sum_phi,
             BLOCK_G=block_g,
@@ -826,6 +835,7 @@ def _launch_walk(
             BLOCK_N=config.block_n,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            maxnreg=config.maxnreg,
         )
     if splits > 1:
         grad.copy_(partial.sum(0).view(grad.shape))

@@ -19,6 +19,7 @@ class Config:
     block_n: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
 
 
 def choose(name: str, ops: Operands) -> Config:

@@ -20,10 +20,15 @@ from flashbias.attention.triton.primitives import (
     load_tile,
     locate,
     product,
+    resident_factor,
     scores,
     store_tile,
     tile_offset,
 )
+
+
+EDGE = 64
+"""Keys of a tile at the edge of the band or of the sequence: small, so that less of it is wasted."""
 
 
 @triton.jit
@@ -33,6 +38,7 @@ def _fwd_range(
     m_i,
     q,
     phi_q,
+    phi_lo,
     k_ptr,
     v_ptr,
     phi_q_ptr,
@@ -50,10 +56,10 @@ def _fwd_range(
     hi,
     seqlen_q,
     seqlen_k,
-    head_dim,
-    head_dim_v,
-    columns,
-    rank,
+    head_dim: tl.constexpr,
+    head_dim_v: tl.constexpr,
+    width,
+    rank: tl.constexpr,
     half,
     shift,
     left,
@@ -63,8 +69,8 @@ def _fwd_range(
     dropout_p,
     stride_kn,
     stride_vn,
-    stride_pq,
-    stride_pk,
+    stride_pq: tl.constexpr,
+    stride_pk: tl.constexpr,
     stride_raw_qn,
     stride_raw_qr,
     stride_raw_kn,
@@ -75,7 +81,7 @@ def _fwd_range(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_PHI: tl.constexpr,
-    PHI_UNSCALED: tl.constexpr,
+    PHI_MODE: tl.constexpr,
     PHI_CHUNKS: tl.constexpr,
     PADDED_R: tl.constexpr,
     TILE_CENTRED: tl.constexpr,
@@ -107,15 +113,15 @@ def _fwd_range(
         phi_k = k
         if HAS_PHI and PHI_CHUNKS == 1:
             # [BLOCK_N, BLOCK_R]
-            phi_k = load_tile(phi_k_ptr, start_n, offs_n, offs_r, stride_pk, seqlen_k, columns, BOUNDED, PADDED_R)
+            phi_k = load_tile(phi_k_ptr, start_n, offs_n, offs_r, stride_pk, seqlen_k, width, BOUNDED, PADDED_R)
         if HAS_PHI and PHI_CHUNKS > 1:
             s = chunked_bias(
                 phi_q_ptr, phi_k_ptr, start_m, start_n, offs_m, offs_n, stride_pq, stride_pk, seqlen_q, seqlen_k,
-                columns, inv_scale, BLOCK_M, BLOCK_N, BLOCK_R, PHI_CHUNKS, PHI_UNSCALED, PRECISION, INTERPRETED,
+                width, inv_scale, BLOCK_M, BLOCK_N, BLOCK_R, PHI_CHUNKS, PHI_MODE, PRECISION, INTERPRETED,
             )  # fmt: skip
             s = product(q, tl.trans(k), s, PRECISION, INTERPRETED)
         else:
-            s = scores(q, tl.trans(k), phi_q, phi_k, inv_scale, HAS_PHI, PHI_UNSCALED, PRECISION, INTERPRETED)
+            s = scores(q, tl.trans(k), phi_q, phi_lo, phi_k, inv_scale, HAS_PHI, PHI_MODE, PRECISION, INTERPRETED)
         plain: tl.constexpr = not (BOUNDED or HAS_TABLE or HAS_MASK or TILE_CENTRED)
         if plain:
             m_new = tl.maximum(m_i, tl.max(s, 1) * qk_scale)
@@ -190,9 +196,9 @@ def _fwd_kernel(
     stride_on,
     stride_lse,
     stride_pqf,
-    stride_pq,
+    stride_pq: tl.constexpr,
     stride_pkf,
-    stride_pk,
+    stride_pk: tl.constexpr,
     stride_raw_qf,
     stride_raw_qn,
     stride_raw_qr,
@@ -207,16 +213,15 @@ def _fwd_kernel(
     group,
     seqlen_q,
     seqlen_k,
-    head_dim,
-    head_dim_v,
-    columns,
-    rank,
+    head_dim: tl.constexpr,
+    head_dim_v: tl.constexpr,
+    columns: tl.constexpr,
+    rank: tl.constexpr,
     half,
     left,
     right,
     scale,
     inv_scale,
-    phi_mult,
     dropout_p,
     pq_s1,
     pq_v2,
@@ -237,8 +242,7 @@ def _fwd_kernel(
     IS_VARLEN: tl.constexpr,
     HAS_PHI: tl.constexpr,
     HAS_RANKS: tl.constexpr,
-    PHI_UNSCALED: tl.constexpr,
-    PHI_RESCALED: tl.constexpr,
+    PHI_MODE: tl.constexpr,
     PHI_CHUNKS: tl.constexpr,
     PADDED_R: tl.constexpr,
     TILE_CENTRED: tl.constexpr,
@@ -258,6 +262,7 @@ def _fwd_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_EDGE: tl.constexpr,
 ):
     """Output and log-sum-exp of one block of queries of one (batch, head)."""
     pid = tl.program_id(0)
@@ -283,6 +288,8 @@ def _fwd_kernel(
 
     q = load_tile(q_ptr, start_m, offs_m, offs_d, stride_qn, seqlen_q, head_dim, True, PADDED_D)
     phi_q = q
+    phi_lo = q
+    width = columns
     if HAS_PHI:
         f_q = tl.cast(group_of(own, pq_s1, pq_v2, pq_s2), tl.int64)
         f_k = tl.cast(group_of(own, pk_s1, pk_v2, pk_s2), tl.int64)
@@ -291,11 +298,10 @@ def _fwd_kernel(
         raw_phi_q_ptr += f_q * stride_raw_qf
         raw_phi_k_ptr += f_k * stride_raw_kf
         if HAS_RANKS:
-            columns = tl.load(columns_ptr + h)
+            width = tl.load(columns_ptr + h)
         if PHI_CHUNKS == 1:
-            phi_q = load_tile(phi_q_ptr, start_m, offs_m, offs_r, stride_pq, seqlen_q, columns, True, PADDED_R)
-            if PHI_RESCALED:
-                phi_q = (phi_q.to(tl.float32) * phi_mult).to(phi_q_ptr.dtype.element_ty)
+            phi_q = load_tile(phi_q_ptr, start_m, offs_m, offs_r, stride_pq, seqlen_q, width, True, PADDED_R)
+            phi_q, phi_lo = resident_factor(phi_q, inv_scale, PHI_MODE)
     q_code = offs_m
     if HAS_TABLE:
         table_ptr += h * stride_table
@@ -322,7 +328,7 @@ def _fwd_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
     l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    # Tiles at the edges of the band carry bounds and masks; those between do not.
+    # Tiles at the edges of the band are smaller and carry bounds and masks; those between do not.
     for stage in tl.static_range(3):
         if stage == 0:
             first, last = lo, full_lo
@@ -333,13 +339,14 @@ def _fwd_kernel(
         # Only a left bound or a user's mask leaves anything to do before the full tiles.
         if stage != 0 or HAS_LEFT or HAS_MASK:
             acc, l_i, m_i = _fwd_range(
-                acc, l_i, m_i, q, phi_q, k_ptr, v_ptr, phi_q_ptr, phi_k_ptr, raw_phi_q_ptr, raw_phi_k_ptr,
+                acc, l_i, m_i, q, phi_q, phi_lo, k_ptr, v_ptr, phi_q_ptr, phi_k_ptr, raw_phi_q_ptr, raw_phi_k_ptr,
                 table_ptr, code_k_ptr, q_code, mask_ptr, seed_ptr, bh, start_m, first, last, seqlen_q, seqlen_k,
-                head_dim, head_dim_v, columns, rank, half, shift, left, right, scale * LOG2E, inv_scale, dropout_p,
+                head_dim, head_dim_v, width, rank, half, shift, left, right, scale * LOG2E, inv_scale, dropout_p,
                 stride_kn, stride_vn, stride_pq, stride_pk, stride_raw_qn, stride_raw_qr, stride_raw_kn,
                 stride_raw_kr, stride_mask_m, stride_mask_n, stage != 1, HAS_LEFT, HAS_RIGHT, HAS_PHI,
-                PHI_UNSCALED, PHI_CHUNKS, PADDED_R, TILE_CENTRED, CENTRE_TILE, BLOCK_RANK, HAS_TABLE, HAS_CODES,
-                HAS_MASK, HAS_DROPOUT, PADDED_D, PADDED_DV, PRECISION, INTERPRETED, BLOCK_M, BLOCK_N, BLOCK_D,
+                PHI_MODE, PHI_CHUNKS, PADDED_R, TILE_CENTRED, CENTRE_TILE, BLOCK_RANK, HAS_TABLE, HAS_CODES,
+                HAS_MASK, HAS_DROPOUT, PADDED_D, PADDED_DV, PRECISION, INTERPRETED, BLOCK_M,
+                BLOCK_N if stage == 1 else BLOCK_EDGE, BLOCK_D,
                 BLOCK_DV, BLOCK_R,
             )  # fmt: skip
 
@@ -414,8 +421,10 @@ def launch(out: torch.Tensor, lse: torch.Tensor, *arguments: object) -> None:
         IS_SPLIT=splits > 1,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
+        BLOCK_EDGE=min(config.block_n, EDGE),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=config.maxnreg,
     )
     if splits > 1:
         _combine_kernel[(lse.numel(),)](

@@ -172,6 +172,11 @@ class Operands:
         return self.q.dtype != torch.float32
 
     @property
+    def needs_two_parts(self) -> bool:
+        """Whether gradients of packed factors need their second part too (float16 resolves more than bfloat16)."""
+        return self.q.dtype == torch.float16 and self.factors is not None and self.factors.terms > 1
+
+    @property
     def block_d(self) -> int:
         """head_dim as a power of two that the matrix unit takes."""
         return max(16, triton.next_power_of_2(self.head_dim))
@@ -267,7 +272,6 @@ class Operands:
             "right": self.window_right,
             "scale": self.scale,
             "inv_scale": 1.0 / self.scale,
-            "phi_mult": 1.0 if factors is None else factors.mult,
             "dropout_p": self.dropout_p,
         }
         for name, sharing in (("pq", self.sharing_q), ("pk", self.sharing_k), ("mask", self.sharing_mask)):
@@ -285,8 +289,7 @@ class Operands:
             "IS_VARLEN": self.is_varlen,
             "HAS_PHI": factors is not None,
             "HAS_RANKS": self.columns_per_head is not None,
-            "PHI_UNSCALED": factors is not None and factors.unscaled,
-            "PHI_RESCALED": factors is not None and factors.mult != 1.0,
+            "PHI_MODE": 0 if factors is None else factors.mode,
             "PHI_CHUNKS": 1 if factors is None else factors.chunks,
             "PADDED_R": factors is not None
             and (factors.columns != factors.block_r * factors.chunks or self.columns_per_head is not None),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flashbias.attention import packing
 from flashbias.attention.layout import flatten_heads
+from flashbias.attention.triton.primitives import EXACT, READY, SPLIT, UNSCALED
 
 __all__ = ["Factors"]
 
@@ -78,8 +79,7 @@ class Factors:
         terms: packed columns for each rank.
         columns: width of the operands.
         block_r: columns that a kernel holds at once, a power of two.
-        unscaled: whether kernels must divide the bias by the scale themselves.
-        mult: what the resident operand is multiplied by when loaded (exact).
+        mode: how kernels bring a factor in registers to S / scale (READY, EXACT, SPLIT, UNSCALED).
         tile_centred: whether phi_k is centred tile by tile.
         dphi_k_mult: what turns `ds^T phi_q` into the gradient of phi_k.
     """
@@ -92,8 +92,7 @@ class Factors:
     terms: int
     columns: int
     block_r: int
-    unscaled: bool
-    mult: float
+    mode: int
     tile_centred: bool
     dphi_k_mult: float
 
@@ -121,10 +120,8 @@ class Factors:
         if not packing.is_packed(raw_q, raw_k, dtype):
             raw_q, raw_k = _unit_stride(raw_q), _unit_stride(raw_k)
             block_r = _block(rank)
-            # Rescaling by a power of two is exact, but float16 could leave its range.
-            exact = packing.is_power_of_two(scale) and raw_q.dtype == torch.bfloat16 and rank <= block_r
-            mult = 1.0 / scale if exact else 1.0
-            return cls(raw_q, raw_k, raw_q, raw_k, rank, 1, rank, block_r, not exact, mult, False, 1.0)
+            mode = _mode(scale, raw_q.dtype, chunked=rank > block_r)
+            return cls(raw_q, raw_k, raw_q, raw_k, rank, 1, rank, block_r, mode, False, 1.0)
         tiled = centred and packing.is_tile_centred(raw_k.shape[-2])
         terms = packing.products(rank, dtype)
         operand_dtype = torch.bfloat16 if dtype in HALF else torch.float32
@@ -134,8 +131,15 @@ class Factors:
         tile = packing.CENTRE_TILE if tiled else raw_k.shape[-2]
         packed_k = _packed(raw_k, scale, [b for _, b in terms], operand_dtype, width, tile)
         return cls(
-            packed_q, packed_k, raw_q, raw_k, rank, len(terms), width, block_r, False, 1.0, tiled, scale
+            packed_q, packed_k, raw_q, raw_k, rank, len(terms), width, block_r, READY.value, tiled, scale
         )  # fmt: skip
+
+
+def _mode(scale: float, dtype: torch.dtype, chunked: bool) -> int:
+    """The exact way to S / scale that costs least; float16 could leave its range when multiplied."""
+    if chunked or dtype == torch.float16:
+        return UNSCALED.value
+    return EXACT.value if packing.is_power_of_two(scale) else SPLIT.value
 
 
 def _block(columns: int, widest: int = WIDEST_CHUNK) -> int:

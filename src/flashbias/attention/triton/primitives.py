@@ -67,7 +67,7 @@ def locate(
 def load_tile(ptr, start, rows, cols, stride, num_rows, num_cols, BOUNDED: tl.constexpr, PADDED: tl.constexpr):
     """`[rows, cols]` of a row-major matrix; BOUNDED rows may pass the end, PADDED columns may pass the width."""
     # The start is multiplied in 64 bits; offsets within a tile fit into 32.
-    ptrs = ptr + tl.cast(start, tl.int64) * stride + rows[:, None] * stride + cols[None, :]
+    ptrs = (ptr + tl.cast(start, tl.int64) * stride) + (rows[:, None] * stride + cols[None, :])
     if BOUNDED and PADDED:
         return tl.load(ptrs, mask=((start + rows) < num_rows)[:, None] & (cols < num_cols)[None, :], other=0.0)
     elif BOUNDED:
@@ -83,7 +83,7 @@ def load_columns(
     ptr, start, rows, cols, step: tl.constexpr, stride, num_rows, num_cols, BOUNDED: tl.constexpr, PADDED: tl.constexpr
 ):
     """Every `step`-th column of a factor: its leading parts, which are all that gradients need."""
-    ptrs = ptr + tl.cast(start, tl.int64) * stride + rows[:, None] * stride + cols[None, :] * step
+    ptrs = (ptr + tl.cast(start, tl.int64) * stride) + (rows[:, None] * stride + cols[None, :] * step)
     if BOUNDED:
         return tl.load(ptrs, mask=((start + rows) < num_rows)[:, None] & (cols < num_cols)[None, :], other=0.0)
     elif PADDED:
@@ -95,7 +95,7 @@ def load_columns(
 @triton.jit
 def store_tile(ptr, start, rows, cols, stride, num_rows, num_cols, tile):
     """Store a tile within the bounds of a row-major matrix, rounded to its dtype."""
-    ptrs = ptr + tl.cast(start, tl.int64) * stride + rows[:, None] * stride + cols[None, :]
+    ptrs = (ptr + tl.cast(start, tl.int64) * stride) + (rows[:, None] * stride + cols[None, :])
     inside = ((start + rows) < num_rows)[:, None] & (cols < num_cols)[None, :]
     tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=inside)
 
@@ -113,26 +113,84 @@ def product(a, b, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
         return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
+# How a factor in registers is brought to S / scale (`PHI_MODE`); see `pack.Factors`.
+READY = tl.constexpr(0)  # packed with the scale in it
+EXACT = tl.constexpr(1)  # one exact multiplication by a power of two
+SPLIT = tl.constexpr(2)  # phi / scale as two parts, two products
+UNSCALED = tl.constexpr(3)  # the product is multiplied instead
+
+
+@triton.jit
+def resident_factor(phi, inv_scale, PHI_MODE: tl.constexpr):
+    """The factor that stays in registers, over scale: its leading part and what that leaves."""
+    if PHI_MODE == EXACT:
+        phi = (phi.to(tl.float32) * inv_scale).to(phi.dtype)
+    lo = phi
+    if PHI_MODE == SPLIT:
+        whole = phi.to(tl.float32) * inv_scale
+        phi = whole.to(phi.dtype)
+        lo = (whole - phi.to(tl.float32)).to(phi.dtype)
+    return phi, lo
+
+
 @triton.jit
 def scores(
     a,
     b_t,
     phi_a,
+    phi_lo,
     phi_b,
     inv_scale,
     HAS_PHI: tl.constexpr,
-    PHI_UNSCALED: tl.constexpr,
+    PHI_MODE: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """S / scale of a tile: the factors first, as one more chunk of the same sum of products."""
     if HAS_PHI:
         s = product(phi_a, tl.trans(phi_b), None, PRECISION, INTERPRETED)
-        if PHI_UNSCALED:
+        if PHI_MODE == SPLIT:
+            s = product(phi_lo, tl.trans(phi_b), s, PRECISION, INTERPRETED)
+        if PHI_MODE == UNSCALED:
             s *= inv_scale
         return product(a, b_t, s, PRECISION, INTERPRETED)
     else:
         return product(a, b_t, None, PRECISION, INTERPRETED)
+
+
+@triton.jit
+def add_factor_gradient(
+    dphi,
+    ds,
+    phi,
+    ptr,
+    start,
+    rows,
+    cols,
+    stride,
+    num_rows,
+    rank,
+    MID: tl.constexpr,
+    TERMS: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """`dphi + ds @ phi`, with phi in registers or read again: the leading part of each packed column.
+
+    Beside float16 queries a bfloat16 part would be too coarse: with `MID` (the column of the second part) the two
+    are added, and the product is one in TF32, which has float16's precision.
+    """
+    if IN_REGISTERS:
+        return product(ds.to(phi.dtype), phi, dphi, PRECISION, INTERPRETED)
+    else:
+        lead = load_columns(ptr, start, rows, cols, TERMS, stride, num_rows, rank, BOUNDED, True)
+        if MID > 0:
+            mid = load_columns(ptr + MID, start, rows, cols, TERMS, stride, num_rows, rank, BOUNDED, True)
+            return product(ds, lead.to(tl.float32) + mid.to(tl.float32), dphi, "tf32", INTERPRETED)
+        else:
+            return product(ds.to(lead.dtype), lead, dphi, PRECISION, INTERPRETED)
 
 
 @triton.jit
@@ -153,7 +211,7 @@ def chunked_bias(
     ROWS_B: tl.constexpr,
     BLOCK_R: tl.constexpr,
     CHUNKS: tl.constexpr,
-    PHI_UNSCALED: tl.constexpr,
+    PHI_MODE: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
@@ -165,7 +223,7 @@ def chunked_bias(
             a = load_tile(a_ptr, start_a, rows_a, cols, stride_a, num_a, columns, True, True)
             b = load_tile(b_ptr, start_b, rows_b, cols, stride_b, num_b, columns, True, True)
             s = product(a, tl.trans(b), s, PRECISION, INTERPRETED)
-    if PHI_UNSCALED:
+    if PHI_MODE == UNSCALED:
         s *= inv_scale
     return s
 
@@ -388,9 +446,11 @@ def weights_and_gradients(
 
 
 @triton.jit
-def load_rows(lse_ptr, delta_ptr, start_m, offs_m, seqlen_q):
-    """Log-sum-exp in units of log 2 (+inf where a row is dead or absent, so that its weights are 0) and delta."""
-    inside = (start_m + offs_m) < seqlen_q
-    lse = tl.load(lse_ptr + start_m + offs_m, mask=inside, other=float("inf"))
-    lse = tl.where(lse == float("-inf"), float("inf"), lse)
-    return lse * LOG2E, tl.load(delta_ptr + start_m + offs_m, mask=inside, other=0.0)
+def load_rows(lse2_ptr, delta_ptr, start_m, offs_m, seqlen_q, BOUNDED: tl.constexpr):
+    """Log-sum-exp in units of log 2 (+inf past the end, so that weights there are 0) and delta."""
+    if BOUNDED:
+        inside = (start_m + offs_m) < seqlen_q
+        lse2 = tl.load(lse2_ptr + start_m + offs_m, mask=inside, other=float("inf"))
+        return lse2, tl.load(delta_ptr + start_m + offs_m, mask=inside, other=0.0)
+    else:
+        return tl.load(lse2_ptr + start_m + offs_m), tl.load(delta_ptr + start_m + offs_m)

@@ -25,6 +25,7 @@ from flashbias.attention.triton.primitives import (
     locate,
     member_of,
     product,
+    resident_factor,
     scores,
     table_index,
     tail_of,
@@ -69,9 +70,9 @@ def _bwd_dtable_kernel(
     stride_vn,
     stride_lse,
     stride_pqf,
-    stride_pq,
+    stride_pq: tl.constexpr,
     stride_pkf,
-    stride_pk,
+    stride_pk: tl.constexpr,
     stride_raw_qf,
     stride_raw_qn,
     stride_raw_qr,
@@ -89,16 +90,15 @@ def _bwd_dtable_kernel(
     group,
     seqlen_q,
     seqlen_k,
-    head_dim,
-    head_dim_v,
-    columns,
-    rank,
+    head_dim: tl.constexpr,
+    head_dim_v: tl.constexpr,
+    columns: tl.constexpr,
+    rank: tl.constexpr,
     half,
     left,
     right,
     scale,
     inv_scale,
-    phi_mult,
     dropout_p,
     pq_s1,
     pq_v2,
@@ -122,8 +122,7 @@ def _bwd_dtable_kernel(
     IS_VARLEN: tl.constexpr,
     HAS_PHI: tl.constexpr,
     HAS_RANKS: tl.constexpr,
-    PHI_UNSCALED: tl.constexpr,
-    PHI_RESCALED: tl.constexpr,
+    PHI_MODE: tl.constexpr,
     PHI_CHUNKS: tl.constexpr,
     PADDED_R: tl.constexpr,
     TILE_CENTRED: tl.constexpr,
@@ -181,15 +180,17 @@ def _bwd_dtable_kernel(
             k = load_tile(k_base, start_n, offs_n, offs_d, stride_kn, n_k, head_dim, True, PADDED_D)
             v = load_tile(v_base, start_n, offs_n, offs_dv, stride_vn, n_k, head_dim_v, True, PADDED_DV)
             do = load_tile(do_base, start_m, offs_m, offs_dv, stride_don, n_q, head_dim_v, True, PADDED_DV)
-            lse2, delta = load_rows(lse_ptr + row_lse, delta_ptr + row_lse, start_m, offs_m, n_q)
+            lse2, delta = load_rows(lse_ptr + row_lse, delta_ptr + row_lse, start_m, offs_m, n_q, True)
             phi_q = q
             phi_k = k
+            phi_lo = q
             offset = 0.0
+            width = columns
             if HAS_PHI:
                 f_q = tl.cast(group_of(own, pq_s1, pq_v2, pq_s2), tl.int64)
                 f_k = tl.cast(group_of(own, pk_s1, pk_v2, pk_s2), tl.int64)
                 if HAS_RANKS:
-                    columns = tl.load(columns_ptr + h)
+                    width = tl.load(columns_ptr + h)
                 pq_base = phi_q_ptr + f_q * stride_pqf + base_q * stride_pq
                 pk_base = phi_k_ptr + f_k * stride_pkf + base_k * stride_pk
                 if TILE_CENTRED:
@@ -199,18 +200,17 @@ def _bwd_dtable_kernel(
                         BLOCK_RANK, CENTRE_TILE,
                     )[:, None]  # fmt: skip
                 if PHI_CHUNKS == 1:
-                    phi_q = load_tile(pq_base, start_m, offs_m, offs_r, stride_pq, n_q, columns, True, PADDED_R)
-                    phi_k = load_tile(pk_base, start_n, offs_n, offs_r, stride_pk, n_k, columns, True, PADDED_R)
-                    if PHI_RESCALED:
-                        phi_q = (phi_q.to(tl.float32) * phi_mult).to(phi_q_ptr.dtype.element_ty)
+                    phi_q = load_tile(pq_base, start_m, offs_m, offs_r, stride_pq, n_q, width, True, PADDED_R)
+                    phi_k = load_tile(pk_base, start_n, offs_n, offs_r, stride_pk, n_k, width, True, PADDED_R)
+                    phi_q, phi_lo = resident_factor(phi_q, inv_scale, PHI_MODE)
             if HAS_PHI and PHI_CHUNKS > 1:
                 s = chunked_bias(
-                    pq_base, pk_base, start_m, start_n, offs_m, offs_n, stride_pq, stride_pk, n_q, n_k, columns,
-                    inv_scale, BLOCK_M, BLOCK_N, BLOCK_R, PHI_CHUNKS, PHI_UNSCALED, PRECISION, INTERPRETED,
+                    pq_base, pk_base, start_m, start_n, offs_m, offs_n, stride_pq, stride_pk, n_q, n_k, width,
+                    inv_scale, BLOCK_M, BLOCK_N, BLOCK_R, PHI_CHUNKS, PHI_MODE, PRECISION, INTERPRETED,
                 )  # fmt: skip
                 s = product(q, tl.trans(k), s, PRECISION, INTERPRETED)
             else:
-                s = scores(q, tl.trans(k), phi_q, phi_k, inv_scale, HAS_PHI, PHI_UNSCALED, PRECISION, INTERPRETED)
+                s = scores(q, tl.trans(k), phi_q, phi_lo, phi_k, inv_scale, HAS_PHI, PHI_MODE, PRECISION, INTERPRETED)
             dp = product(do, tl.trans(v), None, PRECISION, INTERPRETED)
             q_codes = code_q_ptr
             k_codes = code_k_ptr
@@ -296,5 +296,6 @@ def launch(
         BLOCK_N=config.block_n,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=config.maxnreg,
     )
     grad.copy_(sums.double() / fixed.double())

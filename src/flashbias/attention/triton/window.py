@@ -23,6 +23,7 @@ from flashbias.attention.triton.primitives import (
     locate,
     member_of,
     product,
+    resident_factor,
     scores,
     store_tile,
     weights_and_gradients,
@@ -71,9 +72,9 @@ def _bwd_window_kernel(
     stride_vn,
     stride_lse,
     stride_pqf,
-    stride_pq,
+    stride_pq: tl.constexpr,
     stride_pkf,
-    stride_pk,
+    stride_pk: tl.constexpr,
     stride_raw_qf,
     stride_raw_qn,
     stride_raw_qr,
@@ -102,16 +103,15 @@ def _bwd_window_kernel(
     group,
     seqlen_q,
     seqlen_k,
-    head_dim,
-    head_dim_v,
-    columns,
-    rank,
+    head_dim: tl.constexpr,
+    head_dim_v: tl.constexpr,
+    columns: tl.constexpr,
+    rank: tl.constexpr,
     half,
     left,
     right,
     scale,
     inv_scale,
-    phi_mult,
     dropout_p,
     pq_s1,
     pq_v2,
@@ -134,8 +134,7 @@ def _bwd_window_kernel(
     IS_VARLEN: tl.constexpr,
     HAS_PHI: tl.constexpr,
     HAS_RANKS: tl.constexpr,
-    PHI_UNSCALED: tl.constexpr,
-    PHI_RESCALED: tl.constexpr,
+    PHI_MODE: tl.constexpr,
     PHI_CHUNKS: tl.constexpr,
     PADDED_R: tl.constexpr,
     TILE_CENTRED: tl.constexpr,
@@ -155,6 +154,7 @@ def _bwd_window_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK_R: tl.constexpr,
     TERMS: tl.constexpr,
+    TWO_PARTS: tl.constexpr,
     STORE_DPHI: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
@@ -183,21 +183,22 @@ def _bwd_window_kernel(
         k = load_tile(k_base, 0, offs_n, offs_d, stride_kn, seqlen_k, head_dim, True, PADDED_D)
         v = load_tile(v_base, 0, offs_n, offs_dv, stride_vn, seqlen_k, head_dim_v, True, PADDED_DV)
         do = load_tile(do_base, 0, offs_m, offs_dv, stride_don, seqlen_q, head_dim_v, True, PADDED_DV)
-        lse2, delta = load_rows(lse_ptr + row_lse, delta_ptr + row_lse, 0, offs_m, seqlen_q)
+        lse2, delta = load_rows(lse_ptr + row_lse, delta_ptr + row_lse, 0, offs_m, seqlen_q, True)
         phi_q = q
         phi_k = k
+        phi_lo = q
+        width = columns
         if HAS_PHI:
             f_q = tl.cast(group_of(own, pq_s1, pq_v2, pq_s2), tl.int64)
             f_k = tl.cast(group_of(own, pk_s1, pk_v2, pk_s2), tl.int64)
             if HAS_RANKS:
-                columns = tl.load(columns_ptr + h)
+                width = tl.load(columns_ptr + h)
             pq_base = phi_q_ptr + f_q * stride_pqf
             pk_base = phi_k_ptr + f_k * stride_pkf
-            phi_q = load_tile(pq_base, 0, offs_m, offs_r, stride_pq, seqlen_q, columns, True, PADDED_R)
-            phi_k = load_tile(pk_base, 0, offs_n, offs_r, stride_pk, seqlen_k, columns, True, PADDED_R)
-            if PHI_RESCALED:
-                phi_q = (phi_q.to(tl.float32) * phi_mult).to(phi_q_ptr.dtype.element_ty)
-        s = scores(q, tl.trans(k), phi_q, phi_k, inv_scale, HAS_PHI, PHI_UNSCALED, PRECISION, INTERPRETED)
+            phi_q = load_tile(pq_base, 0, offs_m, offs_r, stride_pq, seqlen_q, width, True, PADDED_R)
+            phi_k = load_tile(pk_base, 0, offs_n, offs_r, stride_pk, seqlen_k, width, True, PADDED_R)
+            phi_q, phi_lo = resident_factor(phi_q, inv_scale, PHI_MODE)
+        s = scores(q, tl.trans(k), phi_q, phi_lo, phi_k, inv_scale, HAS_PHI, PHI_MODE, PRECISION, INTERPRETED)
         dp = product(do, tl.trans(v), None, PRECISION, INTERPRETED)
         table_base = table_ptr
         q_code = offs_m
@@ -230,7 +231,7 @@ def _bwd_window_kernel(
 
     if STORE_DPHI:
         bh = member_of(walk, 0, walk_s1, walk_v2, walk_s2)
-        used = tl.minimum(rank, columns // TERMS)
+        used = rank
         if HAS_RANKS:
             used = tl.minimum(rank, tl.load(columns_ptr + bh % num_heads) // TERMS)
         f_q = tl.cast(group_of(bh, pq_s1, pq_v2, pq_s2), tl.int64)
@@ -238,9 +239,17 @@ def _bwd_window_kernel(
         grad_q = load_columns(
             phi_q_ptr + f_q * stride_pqf, 0, offs_m, offs_g, TERMS, stride_pq, seqlen_q, used, True, True
         ).to(tl.float32)
+        if TWO_PARTS:
+            grad_q += load_columns(
+                phi_q_ptr + f_q * stride_pqf + 2, 0, offs_m, offs_g, TERMS, stride_pq, seqlen_q, used, True, True
+            ).to(tl.float32)
         grad_k = load_columns(
             phi_k_ptr + f_k * stride_pkf, 0, offs_n, offs_g, TERMS, stride_pk, seqlen_k, used, True, True
         ).to(tl.float32)
+        if TWO_PARTS:
+            grad_k += load_columns(
+                phi_k_ptr + f_k * stride_pkf + 1, 0, offs_n, offs_g, TERMS, stride_pk, seqlen_k, used, True, True
+            ).to(tl.float32)
         dphi_q = product(ds_sum, grad_k, None, PRECISION, INTERPRETED)
         dphi_k = product(tl.trans(ds_sum), grad_q, None, PRECISION, INTERPRETED) * dphi_k_mult
         dphi_q_ptr += tl.cast(split, tl.int64) * stride_dphi_qs + f_q * seqlen_q * rank
@@ -296,12 +305,14 @@ def launch(ops: Operands, grads: list[torch.Tensor], rows: dict[str, Any], needs
         dphi_k_mult=1.0 if ops.factors is None else ops.factors.dphi_k_mult,
         **ops.flags(),
         TERMS=1 if ops.factors is None else ops.factors.terms,
+        TWO_PARTS=ops.factors is not None and ops.factors.terms > 1,
         STORE_DPHI=need_phi,
         BLOCK_G=max(16, triton.next_power_of_2(rank)),
         BLOCK_M=max(16, triton.next_power_of_2(ops.seqlen_q)),
         BLOCK_N=max(16, triton.next_power_of_2(ops.seqlen_k)),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=config.maxnreg,
     )
     for need, grad, partial in ((needs_grad[3], grads[3], partials[0]), (needs_grad[4], grads[4], partials[1])):
         if need:
