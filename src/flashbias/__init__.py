@@ -8,13 +8,19 @@ from flashbias.attention import (
     multiplicative_attention,
     varlen_attention,
 )
+from flashbias.biases import Alibi, CosineDifference, RelativeBuckets, SquaredDistance, WindowBias
 from flashbias.factored import FactoredBias
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Alibi",
+    "CosineDifference",
     "Explanation",
     "FactoredBias",
+    "RelativeBuckets",
+    "SquaredDistance",
+    "WindowBias",
     "attention",
     "explain",
     "implementations",

@@ -248,6 +248,6 @@ def run(call: Call, impl: str) -> tuple[Tensor, Tensor | None]:
     if not call.return_lse:
         return out, None
     if bias is not None and has_factors and packing.is_packed(bias.phi_q, bias.phi_k, call.query.dtype):
-        tiled = layout is None and packing.is_tile_centred(call.seqlen_k)
+        tiled = layout is None and packing.is_tile_centred(call.seqlen_k, call.query.dtype)
         lse = lse + packing.row_constant(bias, tiled=tiled)
     return out, lse

@@ -1,4 +1,4 @@
-"""Concatenation through torch SDPA: `[q | phi_q / scale]` against `[k | phi_k]`, on any device that torch runs on.
+"""Concatenation through torch SDPA: `[phi_q / scale | q]` against `[phi_k | k]`, on any device that torch runs on.
 
 The default on CPUs, and on GPUs without Triton. Values are padded to the width of the keys, because torch takes
 its flash kernel only where all head dimensions are equal. What SDPA cannot express as a sum of products (tables,
@@ -70,7 +70,13 @@ def _is_plain_causal(call: Call) -> bool:
 
 
 def _needs_many_centres(call: Call) -> bool:
-    return call.bias is not None and call.bias.rank > 0 and packing.is_tile_centred(call.seqlen_k)
+    has_factors = call.bias is not None and call.bias.rank > 0
+    return has_factors and _is_split(call.query.dtype) and call.seqlen_k > packing.TILE_CENTRE_FROM
+
+
+def _is_split(dtype: torch.dtype) -> bool:
+    """Whether factors are packed in parts for operands of this dtype."""
+    return dtype == torch.bfloat16
 
 
 def _block_length(call: Call) -> int:
@@ -120,8 +126,9 @@ def _operands(call: Call, queries: slice, keys: slice, dtype: torch.dtype) -> tu
     k, v = (x[..., keys, :].to(dtype).repeat_interleave(group, dim=-3) for x in (call.key, call.value))
     if call.bias is not None and call.bias.rank > 0:
         phi_q, phi_k = _packed(call, queries, keys, dtype)
-        q = torch.cat([q, phi_q.expand(*q.shape[:-1], -1)], dim=-1)
-        k = torch.cat([k, phi_k.expand(*k.shape[:-1], -1)], dim=-1)
+        # Factors first: their large products have met and cancelled before q and k are added.
+        q = torch.cat([phi_q.expand(*q.shape[:-1], -1), q], dim=-1)
+        k = torch.cat([phi_k.expand(*k.shape[:-1], -1), k], dim=-1)
     width = -(-max(q.shape[-1], v.shape[-1]) // 8) * 8
     q, k, v = (pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
     return q, k, v
@@ -133,13 +140,16 @@ def _packed(call: Call, queries: slice, keys: slice, dtype: torch.dtype) -> tupl
     phi_q = bias.phi_q[..., queries, :]
     if bias.ranks is not None:
         phi_q = phi_q * bias.rank_mask().to(phi_q.dtype)[:, None, :]
-    centre = call.seqlen_k // 2
-    if packing.is_tile_centred(call.seqlen_k):
-        middle = (queries.start + queries.stop) // 2 + call.seqlen_k - call.seqlen_q
-        centre = min(max(middle, 0), call.seqlen_k - 1)
-    return packing.pack(
-        phi_q, bias.phi_k[..., keys, :], call.scale, dtype, bias.phi_k[..., centre : centre + 1, :]
-    )
+    middle = call.seqlen_k // 2
+    if _needs_many_centres(call):
+        opposite = (queries.start + queries.stop) // 2 + call.seqlen_k - call.seqlen_q
+        middle = min(max(opposite, 0), call.seqlen_k - 1)
+    centre = bias.phi_k[..., middle : middle + 1, :]
+    if not _is_split(dtype):
+        # Unsplit products are summed in order, one rounding each: a bias that is small where its products are
+        # large (near a diagonal) comes out exact as it stands, and centring would only move it away from zero.
+        centre = torch.zeros_like(centre)
+    return packing.pack(phi_q, bias.phi_k[..., keys, :], call.scale, dtype, centre)
 
 
 def _kept_pairs(call: Call, queries: slice, keys: slice) -> Tensor | None:

@@ -209,6 +209,7 @@ def _bwd_dkdv_kernel(
     STORE_DKDV: tl.constexpr,
     SUM_DKDV: tl.constexpr,
     STORE_DPHI: tl.constexpr,
+    HAS_EDGE: tl.constexpr,
     SUM_DPHI: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
@@ -235,7 +236,9 @@ def _bwd_dkdv_kernel(
     total_k = seqlen_k
 
     first_member = split * members_per_split
-    for member in tl.range(first_member, tl.minimum(first_member + members_per_split, num_members)):
+    for member in tl.range(
+        first_member, tl.minimum(first_member + members_per_split, num_members), disable_licm=True
+    ):
         bh = member_of(walk, member, walk_s1, walk_v2, walk_s2)
         b, h, own, base_q, base_k, seqlen_q, seqlen_k, row_lse, shift = locate(
             bh, num_heads, total_q, total_k, stride_lse, cu_q_ptr, cu_k_ptr, IS_VARLEN, BOTTOM_RIGHT
@@ -299,57 +302,59 @@ def _bwd_dkdv_kernel(
             else:
                 first, last = full_hi, hi
             # Queries past the end have weight 0 anyway (see load_rows); only bands and masks need a where.
-            if stage != 0 or HAS_RIGHT or HAS_MASK:
-                for start_m in tl.range(first, last, BLOCK_M):
-                    # [BLOCK_M, BLOCK_D], [BLOCK_M, BLOCK_DV]
-                    q = load_tile(q_base, start_m, offs_m, offs_d, stride_qn, seqlen_q, head_dim, stage != 1, PADDED_D)
-                    phi_q = q
-                    if HAS_PHI and PHI_CHUNKS > 1:
-                        s = chunked_bias(
-                            pk_base, pq_base, start_n, start_m, offs_n, offs_m, stride_pk, stride_pq, seqlen_k,
-                            seqlen_q, width, inv_scale, BLOCK_N, BLOCK_M, BLOCK_R, PHI_CHUNKS, PHI_MODE,
-                            PRECISION, INTERPRETED,
-                        )  # fmt: skip
-                        s = product(k, tl.trans(q), s, PRECISION, INTERPRETED)
-                    else:
-                        if HAS_PHI:
-                            phi_q = load_tile(
-                                pq_base, start_m, offs_m, offs_r, stride_pq, seqlen_q, width, stage != 1, PADDED_R
+            if stage == 1 or (stage == 0 and (HAS_RIGHT or HAS_MASK)) or (stage == 2 and HAS_EDGE):
+                # Not empty within the branch: see the forward kernel.
+                if first < last:
+                    for start_m in tl.range(first, last, BLOCK_M):
+                        # [BLOCK_M, BLOCK_D], [BLOCK_M, BLOCK_DV]
+                        q = load_tile(q_base, start_m, offs_m, offs_d, stride_qn, seqlen_q, head_dim, stage != 1, PADDED_D)
+                        phi_q = q
+                        if HAS_PHI and PHI_CHUNKS > 1:
+                            s = chunked_bias(
+                                pk_base, pq_base, start_n, start_m, offs_n, offs_m, stride_pk, stride_pq, seqlen_k,
+                                seqlen_q, width, inv_scale, BLOCK_N, BLOCK_M, BLOCK_R, PHI_CHUNKS, PHI_MODE,
+                                PRECISION, INTERPRETED,
+                            )  # fmt: skip
+                            s = product(k, tl.trans(q), s, PRECISION, INTERPRETED)
+                        else:
+                            if HAS_PHI:
+                                phi_q = load_tile(
+                                    pq_base, start_m, offs_m, offs_r, stride_pq, seqlen_q, width, stage != 1, PADDED_R
+                                )
+                            # [BLOCK_N, BLOCK_M]: keys by queries
+                            s = scores(
+                                k, tl.trans(q), phi_k, phi_lo, phi_q, inv_scale, HAS_PHI, PHI_MODE, PRECISION, INTERPRETED
                             )
-                        # [BLOCK_N, BLOCK_M]: keys by queries
-                        s = scores(
-                            k, tl.trans(q), phi_k, phi_lo, phi_q, inv_scale, HAS_PHI, PHI_MODE, PRECISION, INTERPRETED
+                        lse2, delta = load_rows(lse_ptr + row_lse, delta_ptr + row_lse, start_m, offs_m, seqlen_q, stage != 1)
+                        do = load_tile(
+                            do_base, start_m, offs_m, offs_dv, stride_don, seqlen_q, head_dim_v, stage != 1, PADDED_DV
                         )
-                    lse2, delta = load_rows(lse_ptr + row_lse, delta_ptr + row_lse, start_m, offs_m, seqlen_q, stage != 1)
-                    do = load_tile(
-                        do_base, start_m, offs_m, offs_dv, stride_don, seqlen_q, head_dim_v, stage != 1, PADDED_DV
-                    )
-                    dp = product(v, tl.trans(do), None, PRECISION, INTERPRETED)
-                    offset = 0.0
-                    if TILE_CENTRED:
-                        offset = tile_offset(
-                            raw_q_base, raw_k_base, start_m, start_n, offs_m, seqlen_q, seqlen_k, stride_raw_qn,
-                            stride_raw_qr, stride_raw_kn, stride_raw_kr, rank, BLOCK_RANK, CENTRE_TILE,
-                        )[None, :]  # fmt: skip
-                    q_code = offs_m
-                    if HAS_TABLE:
-                        q_code = load_codes(q_codes, start_m, offs_m, seqlen_q, HAS_CODES)
-                    p, ds = weights_and_gradients(
-                        s, dp, lse2[None, :], delta[None, :], q_code, k_code, (start_m + offs_m)[None, :],
-                        (start_n + offs_n)[:, None], q_code[None, :], k_code[:, None], offset, table_base, mask_base,
-                        seed_ptr, bh, seqlen_q, seqlen_k, half, shift, left, right, qk_scale, dropout_p,
-                        stride_mask_m, stride_mask_n, stage != 1, HAS_LEFT, HAS_RIGHT, TILE_CENTRED, HAS_TABLE,
-                        HAS_MASK, HAS_DROPOUT,
-                    )  # fmt: skip
-                    if STORE_DKDV:
-                        dv = product(p.to(do.dtype), do, dv, PRECISION, INTERPRETED)
-                        dk = product(ds.to(q.dtype), q, dk, PRECISION, INTERPRETED)
-                    if STORE_DPHI:
-                        dphi = add_factor_gradient(
-                            dphi, ds, phi_q, pq_base + first_column * TERMS, start_m, offs_m, offs_g, stride_pq,
-                            seqlen_q, tl.minimum(rank, width // TERMS) - first_column, 2 * TWO_PARTS, TERMS,
-                            PHI_IN_REGISTERS, stage != 1, PRECISION, INTERPRETED,
+                        dp = product(v, tl.trans(do), None, PRECISION, INTERPRETED)
+                        offset = 0.0
+                        if TILE_CENTRED:
+                            offset = tile_offset(
+                                raw_q_base, raw_k_base, start_m, start_n, offs_m, seqlen_q, seqlen_k, stride_raw_qn,
+                                stride_raw_qr, stride_raw_kn, stride_raw_kr, rank, BLOCK_RANK, CENTRE_TILE,
+                            )[None, :]  # fmt: skip
+                        q_code = offs_m
+                        if HAS_TABLE:
+                            q_code = load_codes(q_codes, start_m, offs_m, seqlen_q, HAS_CODES)
+                        p, ds = weights_and_gradients(
+                            s, dp, lse2[None, :], delta[None, :], q_code, k_code, (start_m + offs_m)[None, :],
+                            (start_n + offs_n)[:, None], q_code[None, :], k_code[:, None], offset, table_base, mask_base,
+                            seed_ptr, bh, seqlen_q, seqlen_k, half, shift, left, right, qk_scale, dropout_p,
+                            stride_mask_m, stride_mask_n, stage != 1, HAS_LEFT, HAS_RIGHT, TILE_CENTRED, HAS_TABLE,
+                            HAS_MASK, HAS_DROPOUT,
                         )  # fmt: skip
+                        if STORE_DKDV:
+                            dv = product(p.to(do.dtype), do, dv, PRECISION, INTERPRETED)
+                            dk = product(ds.to(q.dtype), q, dk, PRECISION, INTERPRETED)
+                        if STORE_DPHI:
+                            dphi = add_factor_gradient(
+                                dphi, ds, phi_q, pq_base + first_column * TERMS, start_m, offs_m, offs_g, stride_pq,
+                                seqlen_q, tl.minimum(rank, width // TERMS) - first_column, 2 * TWO_PARTS, TERMS,
+                                PHI_IN_REGISTERS, stage != 1, PRECISION, INTERPRETED,
+                            )  # fmt: skip
 
         if STORE_DKDV and not SUM_DKDV:
             dk_base = dk_ptr + b * stride_dkb + h * stride_dkh + base_k * stride_dkn
@@ -498,6 +503,7 @@ def _bwd_dq_kernel(
     PHI_IN_REGISTERS: tl.constexpr,
     STORE_DQ: tl.constexpr,
     STORE_DPHI: tl.constexpr,
+    HAS_EDGE: tl.constexpr,
     SUM_DPHI: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
@@ -518,7 +524,9 @@ def _bwd_dq_kernel(
     total_k = seqlen_k
 
     first_member = split * members_per_split
-    for member in tl.range(first_member, tl.minimum(first_member + members_per_split, num_members)):
+    for member in tl.range(
+        first_member, tl.minimum(first_member + members_per_split, num_members), disable_licm=True
+    ):
         bh = member_of(walk, member, walk_s1, walk_v2, walk_s2)
         b, h, own, base_q, base_k, seqlen_q, seqlen_k, row_lse, shift = locate(
             bh, num_heads, total_q, total_k, stride_lse, cu_q_ptr, cu_k_ptr, IS_VARLEN, BOTTOM_RIGHT
@@ -583,61 +591,63 @@ def _bwd_dq_kernel(
                 first, last = full_lo, full_hi
             else:
                 first, last = full_hi, hi
-            if stage != 0 or HAS_LEFT or HAS_MASK:
-                for start_n in tl.range(first, last, BLOCK_N):
-                    # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_DV]
-                    k = load_tile(k_base, start_n, offs_n, offs_d, stride_kn, seqlen_k, head_dim, stage != 1, PADDED_D)
-                    phi_k = k
-                    if HAS_PHI and PHI_CHUNKS > 1:
-                        s = chunked_bias(
-                            pq_base, pk_base, start_m, start_n, offs_m, offs_n, stride_pq, stride_pk, seqlen_q,
-                            seqlen_k, width, inv_scale, BLOCK_M, BLOCK_N, BLOCK_R, PHI_CHUNKS, PHI_MODE,
-                            PRECISION, INTERPRETED,
-                        )  # fmt: skip
-                        s = product(q, tl.trans(k), s, PRECISION, INTERPRETED)
-                    else:
-                        if HAS_PHI:
-                            phi_k = load_tile(
-                                pk_base, start_n, offs_n, offs_r, stride_pk, seqlen_k, width, stage != 1, PADDED_R
-                            )
-                        s = scores(
-                            q, tl.trans(k), phi_q, phi_lo, phi_k, inv_scale, HAS_PHI, PHI_MODE, PRECISION, INTERPRETED
-                        )
-                    v = load_tile(
-                        v_base, start_n, offs_n, offs_dv, stride_vn, seqlen_k, head_dim_v, stage != 1, PADDED_DV
-                    )
-                    dp = product(do, tl.trans(v), None, PRECISION, INTERPRETED)
-                    offset = 0.0
-                    if TILE_CENTRED:
-                        offset = tile_offset(
-                            raw_q_base, raw_k_base, start_m, start_n, offs_m, seqlen_q, seqlen_k, stride_raw_qn,
-                            stride_raw_qr, stride_raw_kn, stride_raw_kr, rank, BLOCK_RANK, CENTRE_TILE,
-                        )[:, None]  # fmt: skip
-                    k_code = offs_n
-                    if HAS_TABLE:
-                        k_code = load_codes(k_codes, start_n, offs_n, seqlen_k, HAS_CODES)
-                    p, ds = weights_and_gradients(
-                        s, dp, lse2[:, None], delta[:, None], q_code, k_code, (start_m + offs_m)[:, None],
-                        (start_n + offs_n)[None, :], q_code[:, None], k_code[None, :], offset, table_base, mask_base,
-                        seed_ptr, bh, seqlen_q, seqlen_k, half, shift, left, right, qk_scale, dropout_p,
-                        stride_mask_m, stride_mask_n, stage != 1, HAS_LEFT, HAS_RIGHT, TILE_CENTRED, HAS_TABLE,
-                        HAS_MASK, HAS_DROPOUT,
-                    )  # fmt: skip
-                    if STORE_DQ:
-                        dq = product(ds.to(k.dtype), k, dq, PRECISION, INTERPRETED)
-                    if STORE_DPHI:
-                        dphi = add_factor_gradient(
-                            dphi, ds, phi_k, pk_base + first_column * TERMS, start_n, offs_n, offs_g, stride_pk,
-                            seqlen_k, tl.minimum(rank, width // TERMS) - first_column, TWO_PARTS, TERMS,
-                            PHI_IN_REGISTERS, stage != 1, PRECISION, INTERPRETED,
-                        )  # fmt: skip
-                        if TILE_CENTRED:
-                            # The operand is phi_k - c; the gradient belongs to phi_k - c_ref.
-                            step = centre_step(
-                                raw_k_base, start_m, start_n, first_column + offs_g, seqlen_q, seqlen_k,
-                                stride_raw_kn, stride_raw_kr, rank, CENTRE_TILE,
+            if stage == 1 or (stage == 0 and (HAS_LEFT or HAS_MASK)) or (stage == 2 and HAS_EDGE):
+                # Not empty within the branch: see the forward kernel.
+                if first < last:
+                    for start_n in tl.range(first, last, BLOCK_N):
+                        # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_DV]
+                        k = load_tile(k_base, start_n, offs_n, offs_d, stride_kn, seqlen_k, head_dim, stage != 1, PADDED_D)
+                        phi_k = k
+                        if HAS_PHI and PHI_CHUNKS > 1:
+                            s = chunked_bias(
+                                pq_base, pk_base, start_m, start_n, offs_m, offs_n, stride_pq, stride_pk, seqlen_q,
+                                seqlen_k, width, inv_scale, BLOCK_M, BLOCK_N, BLOCK_R, PHI_CHUNKS, PHI_MODE,
+                                PRECISION, INTERPRETED,
                             )  # fmt: skip
-                            dphi += tl.sum(ds, 1)[:, None] * step[None, :]
+                            s = product(q, tl.trans(k), s, PRECISION, INTERPRETED)
+                        else:
+                            if HAS_PHI:
+                                phi_k = load_tile(
+                                    pk_base, start_n, offs_n, offs_r, stride_pk, seqlen_k, width, stage != 1, PADDED_R
+                                )
+                            s = scores(
+                                q, tl.trans(k), phi_q, phi_lo, phi_k, inv_scale, HAS_PHI, PHI_MODE, PRECISION, INTERPRETED
+                            )
+                        v = load_tile(
+                            v_base, start_n, offs_n, offs_dv, stride_vn, seqlen_k, head_dim_v, stage != 1, PADDED_DV
+                        )
+                        dp = product(do, tl.trans(v), None, PRECISION, INTERPRETED)
+                        offset = 0.0
+                        if TILE_CENTRED:
+                            offset = tile_offset(
+                                raw_q_base, raw_k_base, start_m, start_n, offs_m, seqlen_q, seqlen_k, stride_raw_qn,
+                                stride_raw_qr, stride_raw_kn, stride_raw_kr, rank, BLOCK_RANK, CENTRE_TILE,
+                            )[:, None]  # fmt: skip
+                        k_code = offs_n
+                        if HAS_TABLE:
+                            k_code = load_codes(k_codes, start_n, offs_n, seqlen_k, HAS_CODES)
+                        p, ds = weights_and_gradients(
+                            s, dp, lse2[:, None], delta[:, None], q_code, k_code, (start_m + offs_m)[:, None],
+                            (start_n + offs_n)[None, :], q_code[:, None], k_code[None, :], offset, table_base, mask_base,
+                            seed_ptr, bh, seqlen_q, seqlen_k, half, shift, left, right, qk_scale, dropout_p,
+                            stride_mask_m, stride_mask_n, stage != 1, HAS_LEFT, HAS_RIGHT, TILE_CENTRED, HAS_TABLE,
+                            HAS_MASK, HAS_DROPOUT,
+                        )  # fmt: skip
+                        if STORE_DQ:
+                            dq = product(ds.to(k.dtype), k, dq, PRECISION, INTERPRETED)
+                        if STORE_DPHI:
+                            dphi = add_factor_gradient(
+                                dphi, ds, phi_k, pk_base + first_column * TERMS, start_n, offs_n, offs_g, stride_pk,
+                                seqlen_k, tl.minimum(rank, width // TERMS) - first_column, TWO_PARTS, TERMS,
+                                PHI_IN_REGISTERS, stage != 1, PRECISION, INTERPRETED,
+                            )  # fmt: skip
+                            if TILE_CENTRED:
+                                # The operand is phi_k - c; the gradient belongs to phi_k - c_ref.
+                                step = centre_step(
+                                    raw_k_base, start_m, start_n, first_column + offs_g, seqlen_q, seqlen_k,
+                                    stride_raw_kn, stride_raw_kr, rank, CENTRE_TILE,
+                                )  # fmt: skip
+                                dphi += tl.sum(ds, 1)[:, None] * step[None, :]
 
         if STORE_DQ:
             dq_base = dq_ptr + b * stride_dqb + h * stride_dqh + base_q * stride_dqn
@@ -746,6 +756,7 @@ def _launch_dkdv(
     for walk in _key_walks(ops, need_dkdv, need_phi):
         _launch_walk(
             _bwd_dkdv_kernel, ops, walk, config, blocks, grads[4], ops.seqlen_k,
+            ops.has_edge(ops.seqlen_q, config.block_m),
             rows | {"dk_ptr": dk, "dv_ptr": dv} | strides,
             lambda first, walk=walk: {
                 "STORE_DKDV": walk.store_own and first, "SUM_DKDV": walk.sum_own,
@@ -766,7 +777,8 @@ def _launch_dq(
     walk = Walk(sharing, need_dq, False, need_phi, need_phi and sharing.members > 1)
     strides = {f"stride_dq{axis}": dq.stride(n) for n, axis in enumerate("bhn")}
     _launch_walk(
-        _bwd_dq_kernel, ops, walk, config, blocks, grads[3], ops.seqlen_q, rows | {"dq_ptr": dq} | strides,
+        _bwd_dq_kernel, ops, walk, config, blocks, grads[3], ops.seqlen_q,
+        ops.has_edge(ops.seqlen_k, config.block_n), rows | {"dq_ptr": dq} | strides,
         lambda first: {"STORE_DQ": need_dq and first},
     )  # fmt: skip
 
@@ -792,6 +804,7 @@ def _launch_walk(
     blocks: int,
     grad: torch.Tensor,
     length: int,
+    has_edge: bool,
     arguments: dict[str, Any],
     own_flags: Callable[[bool], dict[str, Any]],
 ) -> None:
@@ -830,6 +843,7 @@ def _launch_walk(
             and factors.block_r == block_g,
             STORE_DPHI=walk.store_phi,
             SUM_DPHI=walk.sum_phi,
+            HAS_EDGE=has_edge,
             BLOCK_G=block_g,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,

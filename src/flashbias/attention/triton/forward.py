@@ -253,6 +253,7 @@ def _fwd_kernel(
     HAS_MASK: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     IS_SPLIT: tl.constexpr,
+    HAS_EDGE: tl.constexpr,
     PADDED_D: tl.constexpr,
     PADDED_DV: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -337,18 +338,21 @@ def _fwd_kernel(
         else:
             first, last = full_hi, hi
         # Only a left bound or a user's mask leaves anything to do before the full tiles.
-        if stage != 0 or HAS_LEFT or HAS_MASK:
-            acc, l_i, m_i = _fwd_range(
-                acc, l_i, m_i, q, phi_q, phi_lo, k_ptr, v_ptr, phi_q_ptr, phi_k_ptr, raw_phi_q_ptr, raw_phi_k_ptr,
-                table_ptr, code_k_ptr, q_code, mask_ptr, seed_ptr, bh, start_m, first, last, seqlen_q, seqlen_k,
-                head_dim, head_dim_v, width, rank, half, shift, left, right, scale * LOG2E, inv_scale, dropout_p,
-                stride_kn, stride_vn, stride_pq, stride_pk, stride_raw_qn, stride_raw_qr, stride_raw_kn,
-                stride_raw_kr, stride_mask_m, stride_mask_n, stage != 1, HAS_LEFT, HAS_RIGHT, HAS_PHI,
-                PHI_MODE, PHI_CHUNKS, PADDED_R, TILE_CENTRED, CENTRE_TILE, BLOCK_RANK, HAS_TABLE, HAS_CODES,
-                HAS_MASK, HAS_DROPOUT, PADDED_D, PADDED_DV, PRECISION, INTERPRETED, BLOCK_M,
-                BLOCK_N if stage == 1 else BLOCK_EDGE, BLOCK_D,
-                BLOCK_DV, BLOCK_R,
-            )  # fmt: skip
+        if stage == 1 or (stage == 0 and (HAS_LEFT or HAS_MASK)) or (stage == 2 and HAS_EDGE):
+            # Inside the branch a range is known not to be empty: otherwise the zeros of the empty path meet products
+            # in flight, and the assembler runs every product by itself (its warning C7515).
+            if first < last:
+                acc, l_i, m_i = _fwd_range(
+                    acc, l_i, m_i, q, phi_q, phi_lo, k_ptr, v_ptr, phi_q_ptr, phi_k_ptr, raw_phi_q_ptr, raw_phi_k_ptr,
+                    table_ptr, code_k_ptr, q_code, mask_ptr, seed_ptr, bh, start_m, first, last, seqlen_q, seqlen_k,
+                    head_dim, head_dim_v, width, rank, half, shift, left, right, scale * LOG2E, inv_scale, dropout_p,
+                    stride_kn, stride_vn, stride_pq, stride_pk, stride_raw_qn, stride_raw_qr, stride_raw_kn,
+                    stride_raw_kr, stride_mask_m, stride_mask_n, stage != 1, HAS_LEFT, HAS_RIGHT, HAS_PHI,
+                    PHI_MODE, PHI_CHUNKS, PADDED_R, TILE_CENTRED, CENTRE_TILE, BLOCK_RANK, HAS_TABLE, HAS_CODES,
+                    HAS_MASK, HAS_DROPOUT, PADDED_D, PADDED_DV, PRECISION, INTERPRETED, BLOCK_M,
+                    BLOCK_N if stage == 1 else BLOCK_EDGE, BLOCK_D,
+                    BLOCK_DV, BLOCK_R,
+                )  # fmt: skip
 
     dead = l_i == 0.0
     l_safe = tl.where(dead, 1.0, l_i)
@@ -419,6 +423,7 @@ def launch(out: torch.Tensor, lse: torch.Tensor, *arguments: object) -> None:
         stride_split_lse=target_lse.stride(0) if splits > 1 else 0,
         **ops.flags(),
         IS_SPLIT=splits > 1,
+        HAS_EDGE=ops.has_edge(ops.seqlen_k, config.block_n),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_EDGE=min(config.block_n, EDGE),

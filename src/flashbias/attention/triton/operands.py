@@ -186,6 +186,11 @@ class Operands:
         """head_dim_v likewise."""
         return max(16, triton.next_power_of_2(self.head_dim_v))
 
+    def has_edge(self, length: int, block: int) -> bool:
+        """Whether a walk over `length` in steps of `block` meets tiles that need bounds or masks."""
+        banded = self.window_left >= 0 or self.window_right >= 0
+        return banded or self.is_varlen or self.mask is not None or length % block != 0
+
     def walk(self, sharing: Sharing) -> Sharing:
         """Sharing among all (sequence, head) pairs; sequences of a packed batch never share a factor's rows."""
         if not self.is_varlen:

@@ -122,7 +122,7 @@ class Factors:
             block_r = _block(rank)
             mode = _mode(scale, raw_q.dtype, chunked=rank > block_r)
             return cls(raw_q, raw_k, raw_q, raw_k, rank, 1, rank, block_r, mode, False, 1.0)
-        tiled = centred and packing.is_tile_centred(raw_k.shape[-2])
+        tiled = centred and packing.is_tile_centred(raw_k.shape[-2], dtype)
         terms = packing.products(rank, dtype)
         operand_dtype = torch.bfloat16 if dtype in HALF else torch.float32
         block_r = _block(rank * len(terms), WIDEST_CHUNK if dtype in HALF else WIDEST_CHUNK // 2)

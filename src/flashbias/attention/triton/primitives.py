@@ -118,6 +118,7 @@ READY = tl.constexpr(0)  # packed with the scale in it
 EXACT = tl.constexpr(1)  # one exact multiplication by a power of two
 SPLIT = tl.constexpr(2)  # phi / scale as two parts, two products
 UNSCALED = tl.constexpr(3)  # the product is multiplied instead
+APART = tl.constexpr(4)  # a sum of two products
 
 
 @triton.jit
@@ -149,6 +150,8 @@ def scores(
     """S / scale of a tile: the factors first, as one more chunk of the same sum of products."""
     if HAS_PHI:
         s = product(phi_a, tl.trans(phi_b), None, PRECISION, INTERPRETED)
+        if PHI_MODE == APART:
+            return product(a, b_t, None, PRECISION, INTERPRETED) + s * inv_scale
         if PHI_MODE == SPLIT:
             s = product(phi_lo, tl.trans(phi_b), s, PRECISION, INTERPRETED)
         if PHI_MODE == UNSCALED:
