@@ -12,7 +12,7 @@ sum is the bias up to a constant in each row, which softmax cancels:
   Kept are the products whose size reaches the accuracy wanted; each is one column of the operands, and
   columns up to the next multiple of 16 cost nothing, since the matrix unit works through 16 at a time.
 - **Scale.** Scores are accumulated as S / scale, so `phi_q / scale` is packed.
-- **Order of columns.** `column = r * terms + t`: a head of smaller rank needs a prefix.
+- **Order of columns.** `column = t * rank + r`: the leading parts, which are what gradients need, come first.
 
 Factors that come in half precision are products of exact operands already: they are used as they are.
 """
@@ -191,9 +191,9 @@ def pack(
     if len(terms) == 1:
         return phi_q.to(dtype), phi_k.to(dtype)
     parts_q, parts_k = split(phi_q, 3, dtype), split(phi_k, 3, dtype)
-    packed_q = torch.stack([parts_q[a] for a, _ in terms], dim=-1)
-    packed_k = torch.stack([parts_k[b] for _, b in terms], dim=-1)
-    return packed_q.flatten(-2), packed_k.flatten(-2)
+    packed_q = torch.cat([parts_q[a] for a, _ in terms], dim=-1)
+    packed_k = torch.cat([parts_k[b] for _, b in terms], dim=-1)
+    return packed_q, packed_k
 
 
 def is_power_of_two(x: float) -> bool:

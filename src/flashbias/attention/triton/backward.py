@@ -30,13 +30,14 @@ from flashbias.attention.triton.primitives import (
     group_of,
     key_range,
     load_codes,
+    load_factor,
     load_rows,
     load_tile,
     locate,
     member_of,
     product,
     query_range,
-    resident_factor,
+    rescaled,
     scores,
     store_tile,
     tile_offset,
@@ -97,7 +98,7 @@ def _bwd_dkdv_kernel(
     phi_k_ptr,
     raw_phi_q_ptr,
     raw_phi_k_ptr,
-    columns_ptr,
+    ranks_ptr,
     table_ptr,
     code_q_ptr,
     code_k_ptr,
@@ -203,8 +204,7 @@ def _bwd_dkdv_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    TERMS: tl.constexpr,
-    TWO_PARTS: tl.constexpr,
+    SECOND_PART: tl.constexpr,
     PHI_IN_REGISTERS: tl.constexpr,
     STORE_DKDV: tl.constexpr,
     SUM_DKDV: tl.constexpr,
@@ -251,12 +251,11 @@ def _bwd_dkdv_kernel(
         k = load_tile(k_base, start_n, offs_n, offs_d, stride_kn, seqlen_k, head_dim, True, PADDED_D)
         v = load_tile(v_base, start_n, offs_n, offs_dv, stride_vn, seqlen_k, head_dim_v, True, PADDED_DV)
         phi_k = k
-        phi_lo = k
         pq_base = phi_q_ptr
         pk_base = phi_k_ptr
         raw_q_base = raw_phi_q_ptr
         raw_k_base = raw_phi_k_ptr
-        width = columns
+        used = rank
         if HAS_PHI:
             f_q = tl.cast(group_of(own, pq_s1, pq_v2, pq_s2), tl.int64)
             f_k = tl.cast(group_of(own, pk_s1, pk_v2, pk_s2), tl.int64)
@@ -265,10 +264,10 @@ def _bwd_dkdv_kernel(
             raw_q_base = raw_phi_q_ptr + f_q * stride_raw_qf
             raw_k_base = raw_phi_k_ptr + f_k * stride_raw_kf
             if HAS_RANKS:
-                width = tl.load(columns_ptr + h)
+                used = tl.load(ranks_ptr + h)
             if PHI_CHUNKS == 1:
-                phi_k = load_tile(pk_base, start_n, offs_n, offs_r, stride_pk, seqlen_k, width, True, PADDED_R)
-                phi_k, phi_lo = resident_factor(phi_k, inv_scale, PHI_MODE)
+                phi_k = load_factor(pk_base, start_n, offs_n, offs_r, stride_pk, seqlen_k, columns, rank, used, True, PADDED_R, HAS_RANKS)
+                phi_k = rescaled(phi_k, inv_scale, PHI_MODE)
         table_base = table_ptr
         q_codes = code_q_ptr
         k_code = offs_n
@@ -312,18 +311,18 @@ def _bwd_dkdv_kernel(
                         if HAS_PHI and PHI_CHUNKS > 1:
                             s = chunked_bias(
                                 pk_base, pq_base, start_n, start_m, offs_n, offs_m, stride_pk, stride_pq, seqlen_k,
-                                seqlen_q, width, inv_scale, BLOCK_N, BLOCK_M, BLOCK_R, PHI_CHUNKS, PHI_MODE,
+                                seqlen_q, columns, rank, used, inv_scale, HAS_RANKS, BLOCK_N, BLOCK_M, BLOCK_R, PHI_CHUNKS, PHI_MODE,
                                 PRECISION, INTERPRETED,
                             )  # fmt: skip
                             s = product(k, tl.trans(q), s, PRECISION, INTERPRETED)
                         else:
                             if HAS_PHI:
-                                phi_q = load_tile(
-                                    pq_base, start_m, offs_m, offs_r, stride_pq, seqlen_q, width, stage != 1, PADDED_R
+                                phi_q = load_factor(
+                                    pq_base, start_m, offs_m, offs_r, stride_pq, seqlen_q, columns, rank, used, stage != 1, PADDED_R, HAS_RANKS
                                 )
                             # [BLOCK_N, BLOCK_M]: keys by queries
                             s = scores(
-                                k, tl.trans(q), phi_k, phi_lo, phi_q, inv_scale, HAS_PHI, PHI_MODE, PRECISION, INTERPRETED
+                                k, tl.trans(q), phi_k, phi_q, inv_scale, HAS_PHI, PHI_MODE, PRECISION, INTERPRETED
                             )
                         lse2, delta = load_rows(lse_ptr + row_lse, delta_ptr + row_lse, start_m, offs_m, seqlen_q, stage != 1)
                         do = load_tile(
@@ -351,9 +350,8 @@ def _bwd_dkdv_kernel(
                             dk = product(ds.to(q.dtype), q, dk, PRECISION, INTERPRETED)
                         if STORE_DPHI:
                             dphi = add_factor_gradient(
-                                dphi, ds, phi_q, pq_base + first_column * TERMS, start_m, offs_m, offs_g, stride_pq,
-                                seqlen_q, tl.minimum(rank, width // TERMS) - first_column, 2 * TWO_PARTS, TERMS,
-                                PHI_IN_REGISTERS, stage != 1, PRECISION, INTERPRETED,
+                                dphi, ds, phi_q, pq_base, start_m, offs_m, first_column + offs_g, stride_pq, seqlen_q,
+                                columns, rank, used, 2 * SECOND_PART, PHI_IN_REGISTERS, stage != 1, HAS_RANKS, PRECISION, INTERPRETED,
                             )  # fmt: skip
 
         if STORE_DKDV and not SUM_DKDV:
@@ -397,7 +395,7 @@ def _bwd_dq_kernel(
     phi_k_ptr,
     raw_phi_q_ptr,
     raw_phi_k_ptr,
-    columns_ptr,
+    ranks_ptr,
     table_ptr,
     code_q_ptr,
     code_k_ptr,
@@ -498,8 +496,7 @@ def _bwd_dq_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    TERMS: tl.constexpr,
-    TWO_PARTS: tl.constexpr,
+    SECOND_PART: tl.constexpr,
     PHI_IN_REGISTERS: tl.constexpr,
     STORE_DQ: tl.constexpr,
     STORE_DPHI: tl.constexpr,
@@ -540,12 +537,11 @@ def _bwd_dq_kernel(
         do = load_tile(do_base, start_m, offs_m, offs_dv, stride_don, seqlen_q, head_dim_v, True, PADDED_DV)
         lse2, delta = load_rows(lse_ptr + row_lse, delta_ptr + row_lse, start_m, offs_m, seqlen_q, True)
         phi_q = q
-        phi_lo = q
         pq_base = phi_q_ptr
         pk_base = phi_k_ptr
         raw_q_base = raw_phi_q_ptr
         raw_k_base = raw_phi_k_ptr
-        width = columns
+        used = rank
         if HAS_PHI:
             f_q = tl.cast(group_of(own, pq_s1, pq_v2, pq_s2), tl.int64)
             f_k = tl.cast(group_of(own, pk_s1, pk_v2, pk_s2), tl.int64)
@@ -554,10 +550,10 @@ def _bwd_dq_kernel(
             raw_q_base = raw_phi_q_ptr + f_q * stride_raw_qf
             raw_k_base = raw_phi_k_ptr + f_k * stride_raw_kf
             if HAS_RANKS:
-                width = tl.load(columns_ptr + h)
+                used = tl.load(ranks_ptr + h)
             if PHI_CHUNKS == 1:
-                phi_q = load_tile(pq_base, start_m, offs_m, offs_r, stride_pq, seqlen_q, width, True, PADDED_R)
-                phi_q, phi_lo = resident_factor(phi_q, inv_scale, PHI_MODE)
+                phi_q = load_factor(pq_base, start_m, offs_m, offs_r, stride_pq, seqlen_q, columns, rank, used, True, PADDED_R, HAS_RANKS)
+                phi_q = rescaled(phi_q, inv_scale, PHI_MODE)
         table_base = table_ptr
         k_codes = code_k_ptr
         q_code = offs_m
@@ -601,17 +597,17 @@ def _bwd_dq_kernel(
                         if HAS_PHI and PHI_CHUNKS > 1:
                             s = chunked_bias(
                                 pq_base, pk_base, start_m, start_n, offs_m, offs_n, stride_pq, stride_pk, seqlen_q,
-                                seqlen_k, width, inv_scale, BLOCK_M, BLOCK_N, BLOCK_R, PHI_CHUNKS, PHI_MODE,
+                                seqlen_k, columns, rank, used, inv_scale, HAS_RANKS, BLOCK_M, BLOCK_N, BLOCK_R, PHI_CHUNKS, PHI_MODE,
                                 PRECISION, INTERPRETED,
                             )  # fmt: skip
                             s = product(q, tl.trans(k), s, PRECISION, INTERPRETED)
                         else:
                             if HAS_PHI:
-                                phi_k = load_tile(
-                                    pk_base, start_n, offs_n, offs_r, stride_pk, seqlen_k, width, stage != 1, PADDED_R
+                                phi_k = load_factor(
+                                    pk_base, start_n, offs_n, offs_r, stride_pk, seqlen_k, columns, rank, used, stage != 1, PADDED_R, HAS_RANKS
                                 )
                             s = scores(
-                                q, tl.trans(k), phi_q, phi_lo, phi_k, inv_scale, HAS_PHI, PHI_MODE, PRECISION, INTERPRETED
+                                q, tl.trans(k), phi_q, phi_k, inv_scale, HAS_PHI, PHI_MODE, PRECISION, INTERPRETED
                             )
                         v = load_tile(
                             v_base, start_n, offs_n, offs_dv, stride_vn, seqlen_k, head_dim_v, stage != 1, PADDED_DV
@@ -637,9 +633,8 @@ def _bwd_dq_kernel(
                             dq = product(ds.to(k.dtype), k, dq, PRECISION, INTERPRETED)
                         if STORE_DPHI:
                             dphi = add_factor_gradient(
-                                dphi, ds, phi_k, pk_base + first_column * TERMS, start_n, offs_n, offs_g, stride_pk,
-                                seqlen_k, tl.minimum(rank, width // TERMS) - first_column, TWO_PARTS, TERMS,
-                                PHI_IN_REGISTERS, stage != 1, PRECISION, INTERPRETED,
+                                dphi, ds, phi_k, pk_base, start_n, offs_n, first_column + offs_g, stride_pk, seqlen_k,
+                                columns, rank, used, SECOND_PART, PHI_IN_REGISTERS, stage != 1, HAS_RANKS, PRECISION, INTERPRETED,
                             )  # fmt: skip
                             if TILE_CENTRED:
                                 # The operand is phi_k - c; the gradient belongs to phi_k - c_ref.
@@ -817,7 +812,9 @@ def _launch_walk(
         target = grad.view(1, -1, length, rank)
         exact = splits == 1
         partial = target if exact else grad.new_empty(splits, *target.shape[1:], dtype=torch.float32)
-    block_g = min(64, max(16, triton.next_power_of_2(rank)))
+    # A factor that is in registers for the scores serves its gradient too, with columns that are not stored.
+    in_registers = factors is not None and factors.chunks == 1 and factors.block_r <= 64 and not ops.needs_two_parts
+    block_g = factors.block_r if factors is not None and in_registers else min(64, max(16, triton.next_power_of_2(rank)))
     for first_column in range(0, max(rank, 1), block_g):
         kernel[(blocks * walk.sharing.groups, splits)](
             **ops.tensors(),
@@ -835,12 +832,8 @@ def _launch_walk(
             first_column=first_column,
             **ops.flags(),
             **own_flags(first_column == 0),
-            TERMS=1 if factors is None else factors.terms,
-            TWO_PARTS=int(ops.needs_two_parts),
-            PHI_IN_REGISTERS=factors is not None
-            and factors.terms == 1
-            and factors.chunks == 1
-            and factors.block_r == block_g,
+            SECOND_PART=rank if ops.needs_two_parts else 0,
+            PHI_IN_REGISTERS=in_registers,
             STORE_DPHI=walk.store_phi,
             SUM_DPHI=walk.sum_phi,
             HAS_EDGE=has_edge,

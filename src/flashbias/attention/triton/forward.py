@@ -16,11 +16,12 @@ from flashbias.attention.triton.primitives import (
     group_of,
     key_range,
     load_codes,
+    load_factor,
     load_mask,
     load_tile,
     locate,
     product,
-    resident_factor,
+    rescaled,
     scores,
     store_tile,
     tile_offset,
@@ -38,7 +39,7 @@ def _fwd_range(
     m_i,
     q,
     phi_q,
-    phi_lo,
+   
     k_ptr,
     v_ptr,
     phi_q_ptr,
@@ -58,8 +59,9 @@ def _fwd_range(
     seqlen_k,
     head_dim: tl.constexpr,
     head_dim_v: tl.constexpr,
-    width,
+    columns: tl.constexpr,
     rank: tl.constexpr,
+    used,
     half,
     shift,
     left,
@@ -82,6 +84,7 @@ def _fwd_range(
     HAS_RIGHT: tl.constexpr,
     HAS_PHI: tl.constexpr,
     PHI_MODE: tl.constexpr,
+    HAS_RANKS: tl.constexpr,
     PHI_CHUNKS: tl.constexpr,
     PADDED_R: tl.constexpr,
     TILE_CENTRED: tl.constexpr,
@@ -113,15 +116,15 @@ def _fwd_range(
         phi_k = k
         if HAS_PHI and PHI_CHUNKS == 1:
             # [BLOCK_N, BLOCK_R]
-            phi_k = load_tile(phi_k_ptr, start_n, offs_n, offs_r, stride_pk, seqlen_k, width, BOUNDED, PADDED_R)
+            phi_k = load_factor(phi_k_ptr, start_n, offs_n, offs_r, stride_pk, seqlen_k, columns, rank, used, BOUNDED, PADDED_R, HAS_RANKS)
         if HAS_PHI and PHI_CHUNKS > 1:
             s = chunked_bias(
                 phi_q_ptr, phi_k_ptr, start_m, start_n, offs_m, offs_n, stride_pq, stride_pk, seqlen_q, seqlen_k,
-                width, inv_scale, BLOCK_M, BLOCK_N, BLOCK_R, PHI_CHUNKS, PHI_MODE, PRECISION, INTERPRETED,
+                columns, rank, used, inv_scale, HAS_RANKS, BLOCK_M, BLOCK_N, BLOCK_R, PHI_CHUNKS, PHI_MODE, PRECISION, INTERPRETED,
             )  # fmt: skip
             s = product(q, tl.trans(k), s, PRECISION, INTERPRETED)
         else:
-            s = scores(q, tl.trans(k), phi_q, phi_lo, phi_k, inv_scale, HAS_PHI, PHI_MODE, PRECISION, INTERPRETED)
+            s = scores(q, tl.trans(k), phi_q, phi_k, inv_scale, HAS_PHI, PHI_MODE, PRECISION, INTERPRETED)
         plain: tl.constexpr = not (BOUNDED or HAS_TABLE or HAS_MASK or TILE_CENTRED)
         if plain:
             m_new = tl.maximum(m_i, tl.max(s, 1) * qk_scale)
@@ -172,7 +175,7 @@ def _fwd_kernel(
     phi_k_ptr,
     raw_phi_q_ptr,
     raw_phi_k_ptr,
-    columns_ptr,
+    ranks_ptr,
     table_ptr,
     code_q_ptr,
     code_k_ptr,
@@ -289,8 +292,7 @@ def _fwd_kernel(
 
     q = load_tile(q_ptr, start_m, offs_m, offs_d, stride_qn, seqlen_q, head_dim, True, PADDED_D)
     phi_q = q
-    phi_lo = q
-    width = columns
+    used = rank
     if HAS_PHI:
         f_q = tl.cast(group_of(own, pq_s1, pq_v2, pq_s2), tl.int64)
         f_k = tl.cast(group_of(own, pk_s1, pk_v2, pk_s2), tl.int64)
@@ -299,10 +301,10 @@ def _fwd_kernel(
         raw_phi_q_ptr += f_q * stride_raw_qf
         raw_phi_k_ptr += f_k * stride_raw_kf
         if HAS_RANKS:
-            width = tl.load(columns_ptr + h)
+            used = tl.load(ranks_ptr + h)
         if PHI_CHUNKS == 1:
-            phi_q = load_tile(phi_q_ptr, start_m, offs_m, offs_r, stride_pq, seqlen_q, width, True, PADDED_R)
-            phi_q, phi_lo = resident_factor(phi_q, inv_scale, PHI_MODE)
+            phi_q = load_factor(phi_q_ptr, start_m, offs_m, offs_r, stride_pq, seqlen_q, columns, rank, used, True, PADDED_R, HAS_RANKS)
+            phi_q = rescaled(phi_q, inv_scale, PHI_MODE)
     q_code = offs_m
     if HAS_TABLE:
         table_ptr += h * stride_table
@@ -343,12 +345,12 @@ def _fwd_kernel(
             # in flight, and the assembler runs every product by itself (its warning C7515).
             if first < last:
                 acc, l_i, m_i = _fwd_range(
-                    acc, l_i, m_i, q, phi_q, phi_lo, k_ptr, v_ptr, phi_q_ptr, phi_k_ptr, raw_phi_q_ptr, raw_phi_k_ptr,
+                    acc, l_i, m_i, q, phi_q, k_ptr, v_ptr, phi_q_ptr, phi_k_ptr, raw_phi_q_ptr, raw_phi_k_ptr,
                     table_ptr, code_k_ptr, q_code, mask_ptr, seed_ptr, bh, start_m, first, last, seqlen_q, seqlen_k,
-                    head_dim, head_dim_v, width, rank, half, shift, left, right, scale * LOG2E, inv_scale, dropout_p,
+                    head_dim, head_dim_v, columns, rank, used, half, shift, left, right, scale * LOG2E, inv_scale, dropout_p,
                     stride_kn, stride_vn, stride_pq, stride_pk, stride_raw_qn, stride_raw_qr, stride_raw_kn,
                     stride_raw_kr, stride_mask_m, stride_mask_n, stage != 1, HAS_LEFT, HAS_RIGHT, HAS_PHI,
-                    PHI_MODE, PHI_CHUNKS, PADDED_R, TILE_CENTRED, CENTRE_TILE, BLOCK_RANK, HAS_TABLE, HAS_CODES,
+                    PHI_MODE, HAS_RANKS, PHI_CHUNKS, PADDED_R, TILE_CENTRED, CENTRE_TILE, BLOCK_RANK, HAS_TABLE, HAS_CODES,
                     HAS_MASK, HAS_DROPOUT, PADDED_D, PADDED_DV, PRECISION, INTERPRETED, BLOCK_M,
                     BLOCK_N if stage == 1 else BLOCK_EDGE, BLOCK_D,
                     BLOCK_DV, BLOCK_R,

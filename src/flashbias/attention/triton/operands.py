@@ -39,7 +39,7 @@ class Operands:
     cu_seqlens_q: Tensor | None
     cu_seqlens_k: Tensor | None
     dropout_seed: Tensor | None
-    columns_per_head: Tensor | None
+    ranks_per_head: Tensor | None
     sharing_q: Sharing
     sharing_k: Sharing
     sharing_mask: Sharing
@@ -78,13 +78,13 @@ class Operands:
         """Flatten and pack; arguments as in the operators' schema."""
         full = tuple(query.shape[:-2])
         everyone = Sharing.nothing(math.prod(full))
-        factors, columns, sharing_q, sharing_k = None, None, everyone, everyone
+        factors, per_head_ranks, sharing_q, sharing_k = None, None, everyone, everyone
         if phi_q is not None and phi_k is not None:
             factors = Factors.of(phi_q, phi_k, scale, query.dtype, centred=cu_seqlens_q is None)
             sharing_q, sharing_k = _shared(full, phi_q), _shared(full, phi_k)
             if ranks:
-                per_head = [rank * factors.terms for rank in ranks] * (query.shape[-3] // len(ranks))
-                columns = torch.tensor(per_head, dtype=torch.int32, device=query.device)
+                per_head = list(ranks) * (query.shape[-3] // len(ranks))
+                per_head_ranks = torch.tensor(per_head, dtype=torch.int32, device=query.device)
         mask, sharing_mask = None, everyone
         if attn_mask is not None:
             mask = flatten_heads(attn_mask).view(torch.uint8)
@@ -101,7 +101,7 @@ class Operands:
             cu_seqlens_q,
             cu_seqlens_k,
             dropout_seed,
-            columns,
+            per_head_ranks,
             sharing_q,
             sharing_k,
             sharing_mask,
@@ -226,7 +226,7 @@ class Operands:
             "phi_k_ptr": None if factors is None else factors.phi_k,
             "raw_phi_q_ptr": None if factors is None else factors.raw_q,
             "raw_phi_k_ptr": None if factors is None else factors.raw_k,
-            "columns_ptr": self.columns_per_head,
+            "ranks_ptr": self.ranks_per_head,
             "table_ptr": self.table,
             "code_q_ptr": self.code_q,
             "code_k_ptr": self.code_k,
@@ -293,11 +293,10 @@ class Operands:
             "BOTTOM_RIGHT": self.bottom_right,
             "IS_VARLEN": self.is_varlen,
             "HAS_PHI": factors is not None,
-            "HAS_RANKS": self.columns_per_head is not None,
+            "HAS_RANKS": self.ranks_per_head is not None,
             "PHI_MODE": 0 if factors is None else factors.mode,
             "PHI_CHUNKS": 1 if factors is None else factors.chunks,
-            "PADDED_R": factors is not None
-            and (factors.columns != factors.block_r * factors.chunks or self.columns_per_head is not None),
+            "PADDED_R": factors is not None and factors.columns != factors.block_r * factors.chunks,
             "TILE_CENTRED": factors is not None and factors.tile_centred,
             "CENTRE_TILE": packing.CENTRE_TILE,
             "BLOCK_RANK": 16 if factors is None else triton.next_power_of_2(factors.rank),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flashbias.attention import packing
 from flashbias.attention.layout import flatten_heads
-from flashbias.attention.triton.primitives import EXACT, READY, SPLIT, UNSCALED
+from flashbias.attention.triton.primitives import EXACT, READY, UNSCALED
 
 __all__ = ["Factors"]
 
@@ -28,7 +28,7 @@ def _pack_kernel(
     x_ptr,
     out_ptr,
     length,
-    rank,
+    rank: tl.constexpr,
     width,
     stride_f,
     stride_n,
@@ -46,8 +46,9 @@ def _pack_kernel(
     f = tl.cast(tl.program_id(0) // blocks, tl.int64)
     n = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    r = c // TERMS
-    inside = (n < length)[:, None] & (r < rank)[None, :]
+    r = c % rank
+    term = c // rank
+    inside = (n < length)[:, None] & (term < TERMS)[None, :]
     row = x_ptr + f * stride_f + r[None, :] * stride_r
     n64 = n.to(tl.int64)
     x = tl.load(row + n64[:, None] * stride_n, mask=inside, other=0.0).to(tl.float32)
@@ -57,7 +58,7 @@ def _pack_kernel(
     else:
         x *= inv_scale
     if TERMS > 1:
-        part = (PARTS >> (2 * (c % TERMS)))[None, :] & 3
+        part = (PARTS >> (2 * tl.minimum(term, TERMS - 1)))[None, :] & 3
         p0 = x.to(tl.bfloat16).to(tl.float32)
         p1 = (x - p0).to(tl.bfloat16).to(tl.float32)
         p2 = x - p0 - p1
@@ -79,7 +80,7 @@ class Factors:
         terms: packed columns for each rank.
         columns: width of the operands.
         block_r: columns that a kernel holds at once, a power of two.
-        mode: how kernels bring a factor in registers to S / scale (READY, EXACT, SPLIT, UNSCALED).
+        mode: how kernels bring a factor in registers to S / scale (READY, EXACT, UNSCALED).
         tile_centred: whether phi_k is centred tile by tile.
         dphi_k_mult: what turns `ds^T phi_q` into the gradient of phi_k.
     """
@@ -136,10 +137,9 @@ class Factors:
 
 
 def _mode(scale: float, dtype: torch.dtype, chunked: bool) -> int:
-    """The exact way to S / scale that costs least; float16 could leave its range when multiplied."""
-    if chunked or dtype == torch.float16:
-        return UNSCALED.value
-    return EXACT.value if packing.is_power_of_two(scale) else SPLIT.value
+    """An exact way to S / scale: float16 could leave its range when multiplied, other scales are not exact."""
+    exact = packing.is_power_of_two(scale) and dtype == torch.bfloat16 and not chunked
+    return EXACT.value if exact else UNSCALED.value
 
 
 def _block(columns: int, widest: int = WIDEST_CHUNK) -> int:

@@ -79,15 +79,29 @@ def load_tile(ptr, start, rows, cols, stride, num_rows, num_cols, BOUNDED: tl.co
 
 
 @triton.jit
-def load_columns(
-    ptr, start, rows, cols, step: tl.constexpr, stride, num_rows, num_cols, BOUNDED: tl.constexpr, PADDED: tl.constexpr
+def load_factor(
+    ptr,
+    start,
+    rows,
+    cols,
+    stride,
+    num_rows,
+    columns: tl.constexpr,
+    rank: tl.constexpr,
+    used,
+    BOUNDED: tl.constexpr,
+    PADDED: tl.constexpr,
+    HAS_RANKS: tl.constexpr,
 ):
-    """Every `step`-th column of a factor: its leading parts, which are all that gradients need."""
-    ptrs = (ptr + tl.cast(start, tl.int64) * stride) + (rows[:, None] * stride + cols[None, :] * step)
+    """`[rows, cols]` of a packed factor; a head with a rank of its own leaves out what it does not use."""
+    ptrs = (ptr + tl.cast(start, tl.int64) * stride) + (rows[:, None] * stride + cols[None, :])
+    inside = (cols < columns)[None, :]
+    if HAS_RANKS:
+        inside = inside & ((cols % rank) < used)[None, :]
     if BOUNDED:
-        return tl.load(ptrs, mask=((start + rows) < num_rows)[:, None] & (cols < num_cols)[None, :], other=0.0)
-    elif PADDED:
-        return tl.load(ptrs, mask=(cols < num_cols)[None, :], other=0.0)
+        inside = inside & ((start + rows) < num_rows)[:, None]
+    if BOUNDED or PADDED or HAS_RANKS:
+        return tl.load(ptrs, mask=inside, other=0.0)
     else:
         return tl.load(ptrs)
 
@@ -113,25 +127,18 @@ def product(a, b, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
         return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
-# How a factor in registers is brought to S / scale (`PHI_MODE`); see `pack.Factors`.
-READY = tl.constexpr(0)  # packed with the scale in it
-EXACT = tl.constexpr(1)  # one exact multiplication by a power of two
-SPLIT = tl.constexpr(2)  # phi / scale as two parts, two products
-UNSCALED = tl.constexpr(3)  # the product is multiplied instead
-APART = tl.constexpr(4)  # a sum of two products
+# How a bias is brought to S / scale (`PHI_MODE`); see `pack.Factors`.
+READY = tl.constexpr(0)  # the factor was packed with the scale in it
+EXACT = tl.constexpr(1)  # the factor in registers is multiplied by a power of two
+UNSCALED = tl.constexpr(2)  # the product is multiplied
 
 
 @triton.jit
-def resident_factor(phi, inv_scale, PHI_MODE: tl.constexpr):
-    """The factor that stays in registers, over scale: its leading part and what that leaves."""
+def rescaled(phi, inv_scale, PHI_MODE: tl.constexpr):
+    """The factor that stays in registers, over scale where that is exact."""
     if PHI_MODE == EXACT:
         phi = (phi.to(tl.float32) * inv_scale).to(phi.dtype)
-    lo = phi
-    if PHI_MODE == SPLIT:
-        whole = phi.to(tl.float32) * inv_scale
-        phi = whole.to(phi.dtype)
-        lo = (whole - phi.to(tl.float32)).to(phi.dtype)
-    return phi, lo
+    return phi
 
 
 @triton.jit
@@ -139,7 +146,6 @@ def scores(
     a,
     b_t,
     phi_a,
-    phi_lo,
     phi_b,
     inv_scale,
     HAS_PHI: tl.constexpr,
@@ -150,10 +156,6 @@ def scores(
     """S / scale of a tile: the factors first, as one more chunk of the same sum of products."""
     if HAS_PHI:
         s = product(phi_a, tl.trans(phi_b), None, PRECISION, INTERPRETED)
-        if PHI_MODE == APART:
-            return product(a, b_t, None, PRECISION, INTERPRETED) + s * inv_scale
-        if PHI_MODE == SPLIT:
-            s = product(phi_lo, tl.trans(phi_b), s, PRECISION, INTERPRETED)
         if PHI_MODE == UNSCALED:
             s *= inv_scale
         return product(a, b_t, s, PRECISION, INTERPRETED)
@@ -172,26 +174,30 @@ def add_factor_gradient(
     cols,
     stride,
     num_rows,
-    rank,
-    MID: tl.constexpr,
-    TERMS: tl.constexpr,
+    columns: tl.constexpr,
+    rank: tl.constexpr,
+    used,
+    SECOND_PART: tl.constexpr,
     IN_REGISTERS: tl.constexpr,
     BOUNDED: tl.constexpr,
+    HAS_RANKS: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """`dphi + ds @ phi`, with phi in registers or read again: the leading part of each packed column.
+    """`dphi + ds @ phi`: the leading parts are the first columns of a packed factor; later ones are not stored.
 
-    Beside float16 queries a bfloat16 part would be too coarse: with `MID` (the column of the second part) the two
-    are added, and the product is one in TF32, which has float16's precision.
+    Beside float16 queries a bfloat16 part alone would be too coarse: with `SECOND_PART` (its distance in columns)
+    the two are added, and the product is one in TF32, which has float16's precision.
     """
     if IN_REGISTERS:
         return product(ds.to(phi.dtype), phi, dphi, PRECISION, INTERPRETED)
     else:
-        lead = load_columns(ptr, start, rows, cols, TERMS, stride, num_rows, rank, BOUNDED, True)
-        if MID > 0:
-            mid = load_columns(ptr + MID, start, rows, cols, TERMS, stride, num_rows, rank, BOUNDED, True)
-            return product(ds, lead.to(tl.float32) + mid.to(tl.float32), dphi, "tf32", INTERPRETED)
+        lead = load_factor(ptr, start, rows, cols, stride, num_rows, columns, rank, used, BOUNDED, True, HAS_RANKS)
+        if SECOND_PART > 0:
+            second = load_factor(
+                ptr, start, rows, cols + SECOND_PART, stride, num_rows, columns, rank, used, BOUNDED, True, HAS_RANKS
+            )
+            return product(ds, lead.to(tl.float32) + second.to(tl.float32), dphi, "tf32", INTERPRETED)
         else:
             return product(ds.to(lead.dtype), lead, dphi, PRECISION, INTERPRETED)
 
@@ -208,8 +214,11 @@ def chunked_bias(
     stride_b,
     num_a,
     num_b,
-    columns,
+    columns: tl.constexpr,
+    rank: tl.constexpr,
+    used,
     inv_scale,
+    HAS_RANKS: tl.constexpr,
     ROWS_A: tl.constexpr,
     ROWS_B: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -221,10 +230,11 @@ def chunked_bias(
     """Bias of a tile over scale for factors wider than one chunk; a head skips the chunks it does not need."""
     s = tl.zeros([ROWS_A, ROWS_B], dtype=tl.float32)
     for chunk in tl.range(0, CHUNKS):
-        if chunk * BLOCK_R < columns:
+        # The columns of one part stand side by side: with a single part, those past `used` are whole chunks.
+        if columns > rank or chunk * BLOCK_R < used:
             cols = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
-            a = load_tile(a_ptr, start_a, rows_a, cols, stride_a, num_a, columns, True, True)
-            b = load_tile(b_ptr, start_b, rows_b, cols, stride_b, num_b, columns, True, True)
+            a = load_factor(a_ptr, start_a, rows_a, cols, stride_a, num_a, columns, rank, used, True, True, HAS_RANKS)
+            b = load_factor(b_ptr, start_b, rows_b, cols, stride_b, num_b, columns, rank, used, True, True, HAS_RANKS)
             s = product(a, tl.trans(b), s, PRECISION, INTERPRETED)
     if PHI_MODE == UNSCALED:
         s *= inv_scale

@@ -20,12 +20,13 @@ from flashbias.attention.triton.primitives import (
     chunked_bias,
     group_of,
     load_codes,
+    load_factor,
     load_rows,
     load_tile,
     locate,
     member_of,
     product,
-    resident_factor,
+    rescaled,
     scores,
     table_index,
     tail_of,
@@ -46,7 +47,7 @@ def _bwd_dtable_kernel(
     phi_k_ptr,
     raw_phi_q_ptr,
     raw_phi_k_ptr,
-    columns_ptr,
+    ranks_ptr,
     table_ptr,
     code_q_ptr,
     code_k_ptr,
@@ -183,14 +184,13 @@ def _bwd_dtable_kernel(
             lse2, delta = load_rows(lse_ptr + row_lse, delta_ptr + row_lse, start_m, offs_m, n_q, True)
             phi_q = q
             phi_k = k
-            phi_lo = q
             offset = 0.0
-            width = columns
+            used = rank
             if HAS_PHI:
                 f_q = tl.cast(group_of(own, pq_s1, pq_v2, pq_s2), tl.int64)
                 f_k = tl.cast(group_of(own, pk_s1, pk_v2, pk_s2), tl.int64)
                 if HAS_RANKS:
-                    width = tl.load(columns_ptr + h)
+                    used = tl.load(ranks_ptr + h)
                 pq_base = phi_q_ptr + f_q * stride_pqf + base_q * stride_pq
                 pk_base = phi_k_ptr + f_k * stride_pkf + base_k * stride_pk
                 if TILE_CENTRED:
@@ -200,17 +200,17 @@ def _bwd_dtable_kernel(
                         BLOCK_RANK, CENTRE_TILE,
                     )[:, None]  # fmt: skip
                 if PHI_CHUNKS == 1:
-                    phi_q = load_tile(pq_base, start_m, offs_m, offs_r, stride_pq, n_q, width, True, PADDED_R)
-                    phi_k = load_tile(pk_base, start_n, offs_n, offs_r, stride_pk, n_k, width, True, PADDED_R)
-                    phi_q, phi_lo = resident_factor(phi_q, inv_scale, PHI_MODE)
+                    phi_q = load_factor(pq_base, start_m, offs_m, offs_r, stride_pq, n_q, columns, rank, used, True, PADDED_R, HAS_RANKS)
+                    phi_k = load_factor(pk_base, start_n, offs_n, offs_r, stride_pk, n_k, columns, rank, used, True, PADDED_R, HAS_RANKS)
+                    phi_q = rescaled(phi_q, inv_scale, PHI_MODE)
             if HAS_PHI and PHI_CHUNKS > 1:
                 s = chunked_bias(
-                    pq_base, pk_base, start_m, start_n, offs_m, offs_n, stride_pq, stride_pk, n_q, n_k, width,
-                    inv_scale, BLOCK_M, BLOCK_N, BLOCK_R, PHI_CHUNKS, PHI_MODE, PRECISION, INTERPRETED,
+                    pq_base, pk_base, start_m, start_n, offs_m, offs_n, stride_pq, stride_pk, n_q, n_k, columns, rank,
+                    used, inv_scale, HAS_RANKS, BLOCK_M, BLOCK_N, BLOCK_R, PHI_CHUNKS, PHI_MODE, PRECISION, INTERPRETED,
                 )  # fmt: skip
                 s = product(q, tl.trans(k), s, PRECISION, INTERPRETED)
             else:
-                s = scores(q, tl.trans(k), phi_q, phi_lo, phi_k, inv_scale, HAS_PHI, PHI_MODE, PRECISION, INTERPRETED)
+                s = scores(q, tl.trans(k), phi_q, phi_k, inv_scale, HAS_PHI, PHI_MODE, PRECISION, INTERPRETED)
             dp = product(do, tl.trans(v), None, PRECISION, INTERPRETED)
             q_codes = code_q_ptr
             k_codes = code_k_ptr

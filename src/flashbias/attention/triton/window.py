@@ -17,13 +17,13 @@ from flashbias.attention.triton.primitives import (
     LOG2E,
     group_of,
     load_codes,
-    load_columns,
+    load_factor,
     load_rows,
     load_tile,
     locate,
     member_of,
     product,
-    resident_factor,
+    rescaled,
     scores,
     store_tile,
     weights_and_gradients,
@@ -45,7 +45,7 @@ def _bwd_window_kernel(
     phi_k_ptr,
     raw_phi_q_ptr,
     raw_phi_k_ptr,
-    columns_ptr,
+    ranks_ptr,
     table_ptr,
     code_q_ptr,
     code_k_ptr,
@@ -153,8 +153,7 @@ def _bwd_window_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    TERMS: tl.constexpr,
-    TWO_PARTS: tl.constexpr,
+    IS_PACKED: tl.constexpr,
     STORE_DPHI: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
@@ -186,19 +185,18 @@ def _bwd_window_kernel(
         lse2, delta = load_rows(lse_ptr + row_lse, delta_ptr + row_lse, 0, offs_m, seqlen_q, True)
         phi_q = q
         phi_k = k
-        phi_lo = q
-        width = columns
+        used = rank
         if HAS_PHI:
             f_q = tl.cast(group_of(own, pq_s1, pq_v2, pq_s2), tl.int64)
             f_k = tl.cast(group_of(own, pk_s1, pk_v2, pk_s2), tl.int64)
             if HAS_RANKS:
-                width = tl.load(columns_ptr + h)
+                used = tl.load(ranks_ptr + h)
             pq_base = phi_q_ptr + f_q * stride_pqf
             pk_base = phi_k_ptr + f_k * stride_pkf
-            phi_q = load_tile(pq_base, 0, offs_m, offs_r, stride_pq, seqlen_q, width, True, PADDED_R)
-            phi_k = load_tile(pk_base, 0, offs_n, offs_r, stride_pk, seqlen_k, width, True, PADDED_R)
-            phi_q, phi_lo = resident_factor(phi_q, inv_scale, PHI_MODE)
-        s = scores(q, tl.trans(k), phi_q, phi_lo, phi_k, inv_scale, HAS_PHI, PHI_MODE, PRECISION, INTERPRETED)
+            phi_q = load_factor(pq_base, 0, offs_m, offs_r, stride_pq, seqlen_q, columns, rank, used, True, PADDED_R, HAS_RANKS)
+            phi_k = load_factor(pk_base, 0, offs_n, offs_r, stride_pk, seqlen_k, columns, rank, used, True, PADDED_R, HAS_RANKS)
+            phi_q = rescaled(phi_q, inv_scale, PHI_MODE)
+        s = scores(q, tl.trans(k), phi_q, phi_k, inv_scale, HAS_PHI, PHI_MODE, PRECISION, INTERPRETED)
         dp = product(do, tl.trans(v), None, PRECISION, INTERPRETED)
         table_base = table_ptr
         q_code = offs_m
@@ -233,22 +231,24 @@ def _bwd_window_kernel(
         bh = member_of(walk, 0, walk_s1, walk_v2, walk_s2)
         used = rank
         if HAS_RANKS:
-            used = tl.minimum(rank, tl.load(columns_ptr + bh % num_heads) // TERMS)
+            used = tl.load(ranks_ptr + bh % num_heads)
         f_q = tl.cast(group_of(bh, pq_s1, pq_v2, pq_s2), tl.int64)
         f_k = tl.cast(group_of(bh, pk_s1, pk_v2, pk_s2), tl.int64)
-        grad_q = load_columns(
-            phi_q_ptr + f_q * stride_pqf, 0, offs_m, offs_g, TERMS, stride_pq, seqlen_q, used, True, True
+        pq_base = phi_q_ptr + f_q * stride_pqf
+        pk_base = phi_k_ptr + f_k * stride_pkf
+        grad_q = load_factor(
+            pq_base, 0, offs_m, offs_g, stride_pq, seqlen_q, columns, rank, used, True, True, HAS_RANKS
         ).to(tl.float32)
-        if TWO_PARTS:
-            grad_q += load_columns(
-                phi_q_ptr + f_q * stride_pqf + 2, 0, offs_m, offs_g, TERMS, stride_pq, seqlen_q, used, True, True
+        grad_k = load_factor(
+            pk_base, 0, offs_n, offs_g, stride_pk, seqlen_k, columns, rank, used, True, True, HAS_RANKS
+        ).to(tl.float32)
+        if IS_PACKED:
+            # Packed factors: their second parts (see `packing.products`) are wanted beside a sum over many windows.
+            grad_q += load_factor(
+                pq_base, 0, offs_m, offs_g + 2 * rank, stride_pq, seqlen_q, columns, rank, used, True, True, HAS_RANKS
             ).to(tl.float32)
-        grad_k = load_columns(
-            phi_k_ptr + f_k * stride_pkf, 0, offs_n, offs_g, TERMS, stride_pk, seqlen_k, used, True, True
-        ).to(tl.float32)
-        if TWO_PARTS:
-            grad_k += load_columns(
-                phi_k_ptr + f_k * stride_pkf + 1, 0, offs_n, offs_g, TERMS, stride_pk, seqlen_k, used, True, True
+            grad_k += load_factor(
+                pk_base, 0, offs_n, offs_g + rank, stride_pk, seqlen_k, columns, rank, used, True, True, HAS_RANKS
             ).to(tl.float32)
         dphi_q = product(ds_sum, grad_k, None, PRECISION, INTERPRETED)
         dphi_k = product(tl.trans(ds_sum), grad_q, None, PRECISION, INTERPRETED) * dphi_k_mult
@@ -304,8 +304,7 @@ def launch(ops: Operands, grads: list[torch.Tensor], rows: dict[str, Any], needs
         members_per_split=triton.cdiv(sharing.members, splits),
         dphi_k_mult=1.0 if ops.factors is None else ops.factors.dphi_k_mult,
         **ops.flags(),
-        TERMS=1 if ops.factors is None else ops.factors.terms,
-        TWO_PARTS=ops.factors is not None and ops.factors.terms > 1,
+        IS_PACKED=ops.factors is not None and ops.factors.terms > 1,
         STORE_DPHI=need_phi,
         BLOCK_G=max(16, triton.next_power_of_2(rank)),
         BLOCK_M=max(16, triton.next_power_of_2(ops.seqlen_q)),
