@@ -118,9 +118,7 @@ class FactoredBias:
         """
         if not isinstance(table, Tensor) or table.dim() != 2:
             raise ValueError(f"table must be a [H or 1, T] tensor, got {_describe(table)}")
-        return cls(
-            table.new_zeros(1, seqlen_q, 0), table.new_zeros(1, seqlen_k, 0), table, code_q, code_k
-        )
+        return cls(table.new_zeros(1, seqlen_q, 0), table.new_zeros(1, seqlen_k, 0), table, code_q, code_k)
 
     # ---------------------------------------------------------------- what it is
 
@@ -270,7 +268,7 @@ class FactoredBias:
 
     def to(self, *args: Any, **kwargs: Any) -> FactoredBias:
         """Move or cast like `Tensor.to`; codes move but stay integers."""
-        device = torch._C._nn._parse_to(*args, **kwargs)[0]
+        device = torch._C._nn._parse_to(*args, **kwargs)[0]  # pyright: ignore[reportAttributeAccessIssue]
         return replace(
             self,
             phi_q=self.phi_q.to(*args, **kwargs),
@@ -326,9 +324,7 @@ def _check_factors(phi_q: Tensor, phi_k: Tensor) -> None:
         if phi.dim() < 3:
             raise ValueError(f"{name} must be [*batch, H or 1, {length}, R], got shape {tuple(phi.shape)}")
     if phi_q.shape[-1] != phi_k.shape[-1]:
-        raise ValueError(
-            f"phi_q and phi_k must have the same rank, got {phi_q.shape[-1]} and {phi_k.shape[-1]}"
-        )
+        raise ValueError(f"phi_q and phi_k must have the same rank, got {phi_q.shape[-1]} and {phi_k.shape[-1]}")
     if phi_q.device != phi_k.device:
         raise ValueError(f"phi_q is on {phi_q.device} and phi_k on {phi_k.device}; both must be on one device")
     _broadcast_heads(phi_q.shape[-3], phi_k.shape[-3])

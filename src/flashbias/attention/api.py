@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import logging
 import math
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from flashbias.attention import reference, sdpa, triton
 from flashbias.attention.call import HALF, Call, VarlenLayout, empty_output
 from flashbias.factored import FactoredBias
 
@@ -19,12 +17,8 @@ __all__ = ["Explanation", "attention", "explain", "implementations", "varlen_att
 
 logger = logging.getLogger("flashbias")
 
-_MODULES = {
-    "triton": "flashbias.attention.triton",
-    "sdpa": "flashbias.attention.sdpa",
-    "reference": "flashbias.attention.reference",
-}
-"""Where each implementation lives, fastest first."""
+_MODULES = {"triton": triton, "sdpa": sdpa, "reference": reference}
+"""The implementations, fastest first."""
 
 
 def attention(
@@ -296,22 +290,17 @@ def implementations() -> dict[str, str | None]:
 
 
 def _unavailable(name: str) -> str | None:
-    if name != "triton":
-        return None
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
-    return _module(name).unavailable()
-
-
-def _module(name: str) -> ModuleType:
-    return importlib.import_module(_MODULES[name])
+    return triton.unavailable() if name == "triton" else None
 
 
 def _choose(call: Call, impl: str) -> Explanation:
     if impl != "auto" and impl not in _MODULES:
         raise ValueError(f"impl must be 'auto' or one of {sorted(_MODULES)}, got {impl!r}")
-    reasons = {name: _unavailable(name) or _module(name).unsupported(call) for name in _MODULES}
+    reasons = {name: _unavailable(name) or _MODULES[name].unsupported(call) for name in _MODULES}
     possible = [name for name, reason in reasons.items() if reason is None]
+    if call.query.device.type == "cpu" and "sdpa" in possible:
+        # Kernels run on CPU tensors only through Triton's interpreter, for tests.
+        possible = ["sdpa", *(name for name in possible if name != "sdpa")]
     if impl == "auto":
         return Explanation(possible[0], reasons)
     if reasons[impl] is not None:
@@ -323,9 +312,9 @@ def _choose(call: Call, impl: str) -> Explanation:
 
 def _run(call: Call, impl: str) -> Tensor | tuple[Tensor, Tensor]:
     chosen = _choose(call, impl)
-    if logger.isEnabledFor(logging.DEBUG):
+    if not torch.compiler.is_compiling() and logger.isEnabledFor(logging.DEBUG):
         logger.debug("attention %s takes %s\n%s", tuple(call.query.shape), chosen.impl, chosen)
-    out, lse = empty_output(call) if call.is_empty else _module(chosen.impl).run(call)
+    out, lse = empty_output(call) if call.is_empty else _MODULES[chosen.impl].run(call)
     if call.return_lse:
         assert lse is not None
         return out, lse
@@ -442,9 +431,7 @@ def _check_heads(num_heads: int, num_kv_heads: int, enable_gqa: bool) -> None:
     if num_heads == num_kv_heads:
         return
     if not enable_gqa:
-        raise ValueError(
-            f"query has {num_heads} heads and key {num_kv_heads}; set enable_gqa=True for grouped queries"
-        )
+        raise ValueError(f"query has {num_heads} heads and key {num_kv_heads}; set enable_gqa=True for grouped queries")
     if num_kv_heads == 0 or num_heads % num_kv_heads:
         raise ValueError(f"query heads ({num_heads}) must be a multiple of key heads ({num_kv_heads})")
 
@@ -465,9 +452,7 @@ def _check_bias(bias: FactoredBias, query: Tensor, key: Tensor) -> None:
 
 
 def _check_broadcast(name: str, lead: tuple[int, ...], target: torch.Size) -> None:
-    fits = len(lead) <= len(target) and all(
-        a in (1, b) for a, b in zip(reversed(lead), reversed(target), strict=False)
-    )
+    fits = len(lead) <= len(target) and all(a in (1, b) for a, b in zip(reversed(lead), reversed(target), strict=False))
     if not fits:
         raise ValueError(
             f"leading dimensions {lead} of {name} must each be 1 or equal to those of query, {tuple(target)}"
@@ -489,9 +474,7 @@ def _check_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     return attn_mask.expand(*attn_mask.shape[:-1], key.shape[-2])
 
 
-def _check_window(
-    window: tuple[int | None, int | None] | None, is_causal: bool
-) -> tuple[int | None, int | None]:
+def _check_window(window: tuple[int | None, int | None] | None, is_causal: bool) -> tuple[int | None, int | None]:
     left, right = None, None
     if window is not None:
         if not (isinstance(window, tuple) and len(window) == 2):
@@ -541,5 +524,3 @@ def _longest(name: str, cu: Tensor, tokens: int) -> int:
     if int(cu[0]) != 0 or int(cu[-1]) != tokens or bool((lengths < 0).any()):
         raise ValueError(f"{name} must ascend from 0 to the number of tokens, {tokens}, got {cu.tolist()[:8]} …")
     return int(lengths.max()) if lengths.numel() else 0
-
-

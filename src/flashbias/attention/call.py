@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -115,8 +116,7 @@ class Call:
         bounds_q, bounds_k = layout.cu_seqlens_q.tolist(), layout.cu_seqlens_k.tolist()
         outs: list[Tensor] = []
         lses: list[Tensor] = []
-        pairs_q, pairs_k = zip(bounds_q, bounds_q[1:], strict=False), zip(bounds_k, bounds_k[1:], strict=False)
-        for (q0, q1), (k0, k1) in zip(pairs_q, pairs_k, strict=True):
+        for (q0, q1), (k0, k1) in zip(pairwise(bounds_q), pairwise(bounds_k), strict=True):
             part = self._sequence(slice(q0, q1), slice(k0, k1))
             out, lse = empty_output(part) if part.is_empty else run(part)
             outs.append(out)

@@ -6,7 +6,8 @@ sum is the bias up to a constant in each row, which softmax cancels:
 - **Centring.** `phi_k - c` in place of `phi_k`, with c the row of one key. It changes row i by the constant
   `phi_q[i] @ c`, so no probability changes, and it removes most of the cancellation between large products.
   Beyond `TILE_CENTRE_FROM` keys, and beside float32 queries, float32 sums of such products would still be too
-  coarse (an ALiBi column reaches 2^20): then c is taken per tile of `CENTRE_TILE` keys, and kernels add `phi_q[i] @ (c - c_ref(i))`,
+  coarse (an ALiBi column reaches 2^20): then c is taken per tile of `CENTRE_TILE` keys, and kernels add `phi_q[i] @
+  (c - c_ref(i))`,
   with c_ref the key opposite to the query, so that what is near the diagonal is summed near zero.
 - **Splitting.** In half precision x = x0 + x1 + x2 with each part rounded to bfloat16 (8 bits each, 24 in all).
   Kept are the products whose size reaches the accuracy wanted; each is one column of the operands, and

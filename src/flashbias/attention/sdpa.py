@@ -163,9 +163,7 @@ def _kept_pairs(call: Call, queries: slice, keys: slice) -> Tensor | None:
     return mask if position is None else mask & position
 
 
-def _additive_mask(
-    call: Call, queries: slice, keys: slice, keep: Tensor | None, dtype: torch.dtype
-) -> Tensor | None:
+def _additive_mask(call: Call, queries: slice, keys: slice, keep: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """The block of the table with -inf where a pair is hidden; booleans where there is no table."""
     bias = call.bias
     if bias is None or bias.table is None:

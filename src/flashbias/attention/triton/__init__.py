@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -18,15 +19,14 @@ MAX_HEAD_DIM = 256
 @functools.cache
 def interpreted() -> bool:
     """Whether Triton runs its kernels through its interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
-    import triton
+    import triton.knobs
 
     return bool(triton.knobs.runtime.interpret)
 
 
-@torch.compiler.assume_constant_result
 def unavailable() -> str | None:
     """What keeps the kernels from running on this machine at all, None if nothing."""
-    if importlib_missing():
+    if find_spec("triton") is None:
         return "the package triton is not installed"
     if interpreted():
         return None
@@ -36,13 +36,6 @@ def unavailable() -> str | None:
         capability = ".".join(map(str, torch.cuda.get_device_capability()))
         return f"the GPU has compute capability {capability}; kernels need 8.0 or newer"
     return None
-
-
-def importlib_missing() -> bool:
-    """Whether Triton is not installed."""
-    from importlib.util import find_spec
-
-    return find_spec("triton") is None
 
 
 def unsupported(call: Call) -> str | None:
@@ -57,9 +50,14 @@ def unsupported(call: Call) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def _on_kernel_device(device_type: str) -> bool:
     return device_type == ("cpu" if interpreted() else "cuda")
+
+
+# torch.compile takes what these return as constants instead of tracing into them. This is all that
+# `torch.compiler.assume_constant_result` does, but calling it would load Triton with this package.
+for _function in (unavailable, _on_kernel_device):
+    setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def run(call: Call) -> tuple[Tensor, Tensor | None]:

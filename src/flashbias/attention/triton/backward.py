@@ -10,6 +10,9 @@ A factor that is shared by many (batch, head) pairs gets its gradient summed in 
 the members. Where the members alone would leave the GPU idle they are split, and the parts summed afterwards.
 """
 
+# Triton's language is untyped: jitted functions take and return what annotations cannot say.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportReturnType=false
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +28,8 @@ from flashbias.attention.triton.operands import Operands, multiprocessors
 from flashbias.attention.triton.primitives import (
     LOG2E,
     add_factor_gradient,
-    chunked_bias,
     centre_step,
+    chunked_bias,
     group_of,
     key_range,
     load_codes,
@@ -232,24 +235,20 @@ def _bwd_dkdv_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], dtype=tl.float32)
     dphi = tl.zeros([BLOCK_N, BLOCK_G], dtype=tl.float32)
-    total_q = seqlen_q
-    total_k = seqlen_k
 
     first_member = split * members_per_split
-    for member in tl.range(
-        first_member, tl.minimum(first_member + members_per_split, num_members), disable_licm=True
-    ):
+    for member in tl.range(first_member, tl.minimum(first_member + members_per_split, num_members), disable_licm=True):
         bh = member_of(walk, member, walk_s1, walk_v2, walk_s2)
-        b, h, own, base_q, base_k, seqlen_q, seqlen_k, row_lse, shift = locate(
-            bh, num_heads, total_q, total_k, stride_lse, cu_q_ptr, cu_k_ptr, IS_VARLEN, BOTTOM_RIGHT
+        b, h, own, base_q, base_k, n_q, n_k, row_lse, shift = locate(
+            bh, num_heads, seqlen_q, seqlen_k, stride_lse, cu_q_ptr, cu_k_ptr, IS_VARLEN, BOTTOM_RIGHT
         )
         q_base = q_ptr + b * stride_qb + h * stride_qh + base_q * stride_qn
         do_base = dout_ptr + b * stride_dob + h * stride_doh + base_q * stride_don
         k_base = k_ptr + b * stride_kb + (h // group) * stride_kh + base_k * stride_kn
         v_base = v_ptr + b * stride_vb + (h // group) * stride_vh + base_k * stride_vn
         # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_DV]
-        k = load_tile(k_base, start_n, offs_n, offs_d, stride_kn, seqlen_k, head_dim, True, PADDED_D)
-        v = load_tile(v_base, start_n, offs_n, offs_dv, stride_vn, seqlen_k, head_dim_v, True, PADDED_DV)
+        k = load_tile(k_base, start_n, offs_n, offs_d, stride_kn, n_k, head_dim, True, PADDED_D)
+        v = load_tile(v_base, start_n, offs_n, offs_dv, stride_vn, n_k, head_dim_v, True, PADDED_DV)
         phi_k = k
         pq_base = phi_q_ptr
         pk_base = phi_k_ptr
@@ -266,7 +265,20 @@ def _bwd_dkdv_kernel(
             if HAS_RANKS:
                 used = tl.load(ranks_ptr + h)
             if PHI_CHUNKS == 1:
-                phi_k = load_factor(pk_base, start_n, offs_n, offs_r, stride_pk, seqlen_k, columns, rank, used, True, PADDED_R, HAS_RANKS)
+                phi_k = load_factor(
+                    pk_base,
+                    start_n,
+                    offs_n,
+                    offs_r,
+                    stride_pk,
+                    n_k,
+                    columns,
+                    rank,
+                    used,
+                    True,
+                    PADDED_R,
+                    HAS_RANKS,
+                )
                 phi_k = rescaled(phi_k, inv_scale, PHI_MODE)
         table_base = table_ptr
         q_codes = code_q_ptr
@@ -277,16 +289,14 @@ def _bwd_dkdv_kernel(
             if HAS_CODES:
                 q_codes = code_q_ptr + base_q
                 k_codes = code_k_ptr + base_k
-            k_code = load_codes(k_codes, start_n, offs_n, seqlen_k, HAS_CODES)
+            k_code = load_codes(k_codes, start_n, offs_n, n_k, HAS_CODES)
         mask_base = mask_ptr
         if HAS_MASK:
             mask_base = mask_ptr + tl.cast(group_of(own, mask_s1, mask_v2, mask_s2), tl.int64) * stride_mask_f
 
-        lo, full_lo, full_hi, hi = query_range(
-            start_n, seqlen_q, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
-        )
+        lo, full_lo, full_hi, hi = query_range(start_n, n_q, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N)
         if IS_VARLEN:
-            if start_n >= seqlen_k:
+            if start_n >= n_k:
                 lo = hi
                 full_lo = hi
                 full_hi = hi
@@ -306,42 +316,73 @@ def _bwd_dkdv_kernel(
                 if first < last:
                     for start_m in tl.range(first, last, BLOCK_M):
                         # [BLOCK_M, BLOCK_D], [BLOCK_M, BLOCK_DV]
-                        q = load_tile(q_base, start_m, offs_m, offs_d, stride_qn, seqlen_q, head_dim, stage != 1, PADDED_D)
+                        q = load_tile(q_base, start_m, offs_m, offs_d, stride_qn, n_q, head_dim, stage != 1, PADDED_D)
                         phi_q = q
                         if HAS_PHI and PHI_CHUNKS > 1:
                             s = chunked_bias(
-                                pk_base, pq_base, start_n, start_m, offs_n, offs_m, stride_pk, stride_pq, seqlen_k,
-                                seqlen_q, columns, rank, used, inv_scale, HAS_RANKS, BLOCK_N, BLOCK_M, BLOCK_R, PHI_CHUNKS, PHI_MODE,
+                                pk_base, pq_base, start_n, start_m, offs_n, offs_m, stride_pk, stride_pq, n_k,
+                                n_q, columns, rank, used, inv_scale, HAS_RANKS, BLOCK_N, BLOCK_M, BLOCK_R,
+                                PHI_CHUNKS, PHI_MODE,
                                 PRECISION, INTERPRETED,
                             )  # fmt: skip
                             s = product(k, tl.trans(q), s, PRECISION, INTERPRETED)
                         else:
                             if HAS_PHI:
                                 phi_q = load_factor(
-                                    pq_base, start_m, offs_m, offs_r, stride_pq, seqlen_q, columns, rank, used, stage != 1, PADDED_R, HAS_RANKS
+                                    pq_base,
+                                    start_m,
+                                    offs_m,
+                                    offs_r,
+                                    stride_pq,
+                                    n_q,
+                                    columns,
+                                    rank,
+                                    used,
+                                    stage != 1,
+                                    PADDED_R,
+                                    HAS_RANKS,
                                 )
                             # [BLOCK_N, BLOCK_M]: keys by queries
                             s = scores(
-                                k, tl.trans(q), phi_k, phi_q, inv_scale, HAS_PHI, PHI_MODE, PRECISION, INTERPRETED
+                                k,
+                                tl.trans(q),
+                                phi_k,
+                                phi_q,
+                                inv_scale,
+                                HAS_PHI,
+                                PHI_MODE,
+                                PRECISION,
+                                INTERPRETED,
                             )
-                        lse2, delta = load_rows(lse_ptr + row_lse, delta_ptr + row_lse, start_m, offs_m, seqlen_q, stage != 1)
+                        lse2, delta = load_rows(
+                            lse_ptr + row_lse, delta_ptr + row_lse, start_m, offs_m, n_q, stage != 1
+                        )
                         do = load_tile(
-                            do_base, start_m, offs_m, offs_dv, stride_don, seqlen_q, head_dim_v, stage != 1, PADDED_DV
+                            do_base,
+                            start_m,
+                            offs_m,
+                            offs_dv,
+                            stride_don,
+                            n_q,
+                            head_dim_v,
+                            stage != 1,
+                            PADDED_DV,
                         )
                         dp = product(v, tl.trans(do), None, PRECISION, INTERPRETED)
                         offset = 0.0
                         if TILE_CENTRED:
                             offset = tile_offset(
-                                raw_q_base, raw_k_base, start_m, start_n, offs_m, seqlen_q, seqlen_k, stride_raw_qn,
+                                raw_q_base, raw_k_base, start_m, start_n, offs_m, n_q, n_k, stride_raw_qn,
                                 stride_raw_qr, stride_raw_kn, stride_raw_kr, rank, BLOCK_RANK, CENTRE_TILE,
                             )[None, :]  # fmt: skip
                         q_code = offs_m
                         if HAS_TABLE:
-                            q_code = load_codes(q_codes, start_m, offs_m, seqlen_q, HAS_CODES)
+                            q_code = load_codes(q_codes, start_m, offs_m, n_q, HAS_CODES)
                         p, ds = weights_and_gradients(
                             s, dp, lse2[None, :], delta[None, :], q_code, k_code, (start_m + offs_m)[None, :],
-                            (start_n + offs_n)[:, None], q_code[None, :], k_code[:, None], offset, table_base, mask_base,
-                            seed_ptr, bh, seqlen_q, seqlen_k, half, shift, left, right, qk_scale, dropout_p,
+                            (start_n + offs_n)[:, None], q_code[None, :], k_code[:, None], offset, table_base,
+                            mask_base,
+                            seed_ptr, bh, n_q, n_k, half, shift, left, right, qk_scale, dropout_p,
                             stride_mask_m, stride_mask_n, stage != 1, HAS_LEFT, HAS_RIGHT, TILE_CENTRED, HAS_TABLE,
                             HAS_MASK, HAS_DROPOUT,
                         )  # fmt: skip
@@ -350,39 +391,47 @@ def _bwd_dkdv_kernel(
                             dk = product(ds.to(q.dtype), q, dk, PRECISION, INTERPRETED)
                         if STORE_DPHI:
                             dphi = add_factor_gradient(
-                                dphi, ds, phi_q, pq_base, start_m, offs_m, first_column + offs_g, stride_pq, seqlen_q,
-                                columns, rank, used, 2 * SECOND_PART, PHI_IN_REGISTERS, stage != 1, HAS_RANKS, PRECISION, INTERPRETED,
+                                dphi, ds, phi_q, pq_base, start_m, offs_m, first_column + offs_g, stride_pq, n_q,
+                                columns, rank, used, 2 * SECOND_PART, PHI_IN_REGISTERS, stage != 1, HAS_RANKS,
+                                PRECISION, INTERPRETED,
                             )  # fmt: skip
 
         if STORE_DKDV and not SUM_DKDV:
             dk_base = dk_ptr + b * stride_dkb + h * stride_dkh + base_k * stride_dkn
             dv_base = dv_ptr + b * stride_dvb + h * stride_dvh + base_k * stride_dvn
-            store_tile(dk_base, start_n, offs_n, offs_d, stride_dkn, seqlen_k, head_dim, dk * scale)
-            store_tile(dv_base, start_n, offs_n, offs_dv, stride_dvn, seqlen_k, head_dim_v, dv)
+            store_tile(dk_base, start_n, offs_n, offs_d, stride_dkn, n_k, head_dim, dk * scale)
+            store_tile(dv_base, start_n, offs_n, offs_dv, stride_dvn, n_k, head_dim_v, dv)
             dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
             dv = tl.zeros([BLOCK_N, BLOCK_DV], dtype=tl.float32)
         if STORE_DPHI and not SUM_DPHI:
             f = tl.cast(group_of(own, pk_s1, pk_v2, pk_s2), tl.int64)
             base = dphi_ptr + f * stride_dphi_f + base_k * stride_dphi + first_column
-            store_tile(base, start_n, offs_n, offs_g, stride_dphi, seqlen_k, rank - first_column, dphi * dphi_mult)
+            store_tile(base, start_n, offs_n, offs_g, stride_dphi, n_k, rank - first_column, dphi * dphi_mult)
             dphi = tl.zeros([BLOCK_N, BLOCK_G], dtype=tl.float32)
 
     # Members of one walk share what is summed over them: the first one tells where it belongs.
     bh = member_of(walk, 0, walk_s1, walk_v2, walk_s2)
-    b, h, own, base_q, base_k, seqlen_q, seqlen_k, row_lse, shift = locate(
-        bh, num_heads, total_q, total_k, stride_lse, cu_q_ptr, cu_k_ptr, IS_VARLEN, BOTTOM_RIGHT
+    b, h, own, base_q, base_k, n_q, n_k, row_lse, shift = locate(
+        bh, num_heads, seqlen_q, seqlen_k, stride_lse, cu_q_ptr, cu_k_ptr, IS_VARLEN, BOTTOM_RIGHT
     )
     if STORE_DKDV and SUM_DKDV:
         h = h // group
         dk_base = dk_ptr + b * stride_dkb + h * stride_dkh + base_k * stride_dkn
         dv_base = dv_ptr + b * stride_dvb + h * stride_dvh + base_k * stride_dvn
-        store_tile(dk_base, start_n, offs_n, offs_d, stride_dkn, seqlen_k, head_dim, dk * scale)
-        store_tile(dv_base, start_n, offs_n, offs_dv, stride_dvn, seqlen_k, head_dim_v, dv)
+        store_tile(dk_base, start_n, offs_n, offs_d, stride_dkn, n_k, head_dim, dk * scale)
+        store_tile(dv_base, start_n, offs_n, offs_dv, stride_dvn, n_k, head_dim_v, dv)
     if STORE_DPHI and SUM_DPHI:
         f = tl.cast(group_of(own, pk_s1, pk_v2, pk_s2), tl.int64)
         base = dphi_ptr + tl.cast(split, tl.int64) * stride_dphi_s + f * stride_dphi_f + base_k * stride_dphi
         store_tile(
-            base + first_column, start_n, offs_n, offs_g, stride_dphi, seqlen_k, rank - first_column, dphi * dphi_mult
+            base + first_column,
+            start_n,
+            offs_n,
+            offs_g,
+            stride_dphi,
+            n_k,
+            rank - first_column,
+            dphi * dphi_mult,
         )
 
 
@@ -517,25 +566,21 @@ def _bwd_dq_kernel(
     offs_g = tl.arange(0, BLOCK_G)
     qk_scale = scale * LOG2E
     dphi = tl.zeros([BLOCK_M, BLOCK_G], dtype=tl.float32)
-    total_q = seqlen_q
-    total_k = seqlen_k
 
     first_member = split * members_per_split
-    for member in tl.range(
-        first_member, tl.minimum(first_member + members_per_split, num_members), disable_licm=True
-    ):
+    for member in tl.range(first_member, tl.minimum(first_member + members_per_split, num_members), disable_licm=True):
         bh = member_of(walk, member, walk_s1, walk_v2, walk_s2)
-        b, h, own, base_q, base_k, seqlen_q, seqlen_k, row_lse, shift = locate(
-            bh, num_heads, total_q, total_k, stride_lse, cu_q_ptr, cu_k_ptr, IS_VARLEN, BOTTOM_RIGHT
+        b, h, own, base_q, base_k, n_q, n_k, row_lse, shift = locate(
+            bh, num_heads, seqlen_q, seqlen_k, stride_lse, cu_q_ptr, cu_k_ptr, IS_VARLEN, BOTTOM_RIGHT
         )
         q_base = q_ptr + b * stride_qb + h * stride_qh + base_q * stride_qn
         do_base = dout_ptr + b * stride_dob + h * stride_doh + base_q * stride_don
         k_base = k_ptr + b * stride_kb + (h // group) * stride_kh + base_k * stride_kn
         v_base = v_ptr + b * stride_vb + (h // group) * stride_vh + base_k * stride_vn
         # [BLOCK_M, BLOCK_D], [BLOCK_M, BLOCK_DV]
-        q = load_tile(q_base, start_m, offs_m, offs_d, stride_qn, seqlen_q, head_dim, True, PADDED_D)
-        do = load_tile(do_base, start_m, offs_m, offs_dv, stride_don, seqlen_q, head_dim_v, True, PADDED_DV)
-        lse2, delta = load_rows(lse_ptr + row_lse, delta_ptr + row_lse, start_m, offs_m, seqlen_q, True)
+        q = load_tile(q_base, start_m, offs_m, offs_d, stride_qn, n_q, head_dim, True, PADDED_D)
+        do = load_tile(do_base, start_m, offs_m, offs_dv, stride_don, n_q, head_dim_v, True, PADDED_DV)
+        lse2, delta = load_rows(lse_ptr + row_lse, delta_ptr + row_lse, start_m, offs_m, n_q, True)
         phi_q = q
         pq_base = phi_q_ptr
         pk_base = phi_k_ptr
@@ -552,7 +597,20 @@ def _bwd_dq_kernel(
             if HAS_RANKS:
                 used = tl.load(ranks_ptr + h)
             if PHI_CHUNKS == 1:
-                phi_q = load_factor(pq_base, start_m, offs_m, offs_r, stride_pq, seqlen_q, columns, rank, used, True, PADDED_R, HAS_RANKS)
+                phi_q = load_factor(
+                    pq_base,
+                    start_m,
+                    offs_m,
+                    offs_r,
+                    stride_pq,
+                    n_q,
+                    columns,
+                    rank,
+                    used,
+                    True,
+                    PADDED_R,
+                    HAS_RANKS,
+                )
                 phi_q = rescaled(phi_q, inv_scale, PHI_MODE)
         table_base = table_ptr
         k_codes = code_k_ptr
@@ -563,16 +621,14 @@ def _bwd_dq_kernel(
             if HAS_CODES:
                 q_codes = code_q_ptr + base_q
                 k_codes = code_k_ptr + base_k
-            q_code = load_codes(q_codes, start_m, offs_m, seqlen_q, HAS_CODES)
+            q_code = load_codes(q_codes, start_m, offs_m, n_q, HAS_CODES)
         mask_base = mask_ptr
         if HAS_MASK:
             mask_base = mask_ptr + tl.cast(group_of(own, mask_s1, mask_v2, mask_s2), tl.int64) * stride_mask_f
 
-        lo, full_lo, full_hi, hi = key_range(
-            start_m, seqlen_k, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
-        )
+        lo, full_lo, full_hi, hi = key_range(start_m, n_k, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N)
         if IS_VARLEN:
-            if start_m >= seqlen_q:
+            if start_m >= n_q:
                 lo = hi
                 full_lo = hi
                 full_hi = hi
@@ -592,40 +648,69 @@ def _bwd_dq_kernel(
                 if first < last:
                     for start_n in tl.range(first, last, BLOCK_N):
                         # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_DV]
-                        k = load_tile(k_base, start_n, offs_n, offs_d, stride_kn, seqlen_k, head_dim, stage != 1, PADDED_D)
+                        k = load_tile(k_base, start_n, offs_n, offs_d, stride_kn, n_k, head_dim, stage != 1, PADDED_D)
                         phi_k = k
                         if HAS_PHI and PHI_CHUNKS > 1:
                             s = chunked_bias(
-                                pq_base, pk_base, start_m, start_n, offs_m, offs_n, stride_pq, stride_pk, seqlen_q,
-                                seqlen_k, columns, rank, used, inv_scale, HAS_RANKS, BLOCK_M, BLOCK_N, BLOCK_R, PHI_CHUNKS, PHI_MODE,
+                                pq_base, pk_base, start_m, start_n, offs_m, offs_n, stride_pq, stride_pk, n_q,
+                                n_k, columns, rank, used, inv_scale, HAS_RANKS, BLOCK_M, BLOCK_N, BLOCK_R,
+                                PHI_CHUNKS, PHI_MODE,
                                 PRECISION, INTERPRETED,
                             )  # fmt: skip
                             s = product(q, tl.trans(k), s, PRECISION, INTERPRETED)
                         else:
                             if HAS_PHI:
                                 phi_k = load_factor(
-                                    pk_base, start_n, offs_n, offs_r, stride_pk, seqlen_k, columns, rank, used, stage != 1, PADDED_R, HAS_RANKS
+                                    pk_base,
+                                    start_n,
+                                    offs_n,
+                                    offs_r,
+                                    stride_pk,
+                                    n_k,
+                                    columns,
+                                    rank,
+                                    used,
+                                    stage != 1,
+                                    PADDED_R,
+                                    HAS_RANKS,
                                 )
                             s = scores(
-                                q, tl.trans(k), phi_q, phi_k, inv_scale, HAS_PHI, PHI_MODE, PRECISION, INTERPRETED
+                                q,
+                                tl.trans(k),
+                                phi_q,
+                                phi_k,
+                                inv_scale,
+                                HAS_PHI,
+                                PHI_MODE,
+                                PRECISION,
+                                INTERPRETED,
                             )
                         v = load_tile(
-                            v_base, start_n, offs_n, offs_dv, stride_vn, seqlen_k, head_dim_v, stage != 1, PADDED_DV
+                            v_base,
+                            start_n,
+                            offs_n,
+                            offs_dv,
+                            stride_vn,
+                            n_k,
+                            head_dim_v,
+                            stage != 1,
+                            PADDED_DV,
                         )
                         dp = product(do, tl.trans(v), None, PRECISION, INTERPRETED)
                         offset = 0.0
                         if TILE_CENTRED:
                             offset = tile_offset(
-                                raw_q_base, raw_k_base, start_m, start_n, offs_m, seqlen_q, seqlen_k, stride_raw_qn,
+                                raw_q_base, raw_k_base, start_m, start_n, offs_m, n_q, n_k, stride_raw_qn,
                                 stride_raw_qr, stride_raw_kn, stride_raw_kr, rank, BLOCK_RANK, CENTRE_TILE,
                             )[:, None]  # fmt: skip
                         k_code = offs_n
                         if HAS_TABLE:
-                            k_code = load_codes(k_codes, start_n, offs_n, seqlen_k, HAS_CODES)
+                            k_code = load_codes(k_codes, start_n, offs_n, n_k, HAS_CODES)
                         p, ds = weights_and_gradients(
                             s, dp, lse2[:, None], delta[:, None], q_code, k_code, (start_m + offs_m)[:, None],
-                            (start_n + offs_n)[None, :], q_code[:, None], k_code[None, :], offset, table_base, mask_base,
-                            seed_ptr, bh, seqlen_q, seqlen_k, half, shift, left, right, qk_scale, dropout_p,
+                            (start_n + offs_n)[None, :], q_code[:, None], k_code[None, :], offset, table_base,
+                            mask_base,
+                            seed_ptr, bh, n_q, n_k, half, shift, left, right, qk_scale, dropout_p,
                             stride_mask_m, stride_mask_n, stage != 1, HAS_LEFT, HAS_RIGHT, TILE_CENTRED, HAS_TABLE,
                             HAS_MASK, HAS_DROPOUT,
                         )  # fmt: skip
@@ -633,34 +718,35 @@ def _bwd_dq_kernel(
                             dq = product(ds.to(k.dtype), k, dq, PRECISION, INTERPRETED)
                         if STORE_DPHI:
                             dphi = add_factor_gradient(
-                                dphi, ds, phi_k, pk_base, start_n, offs_n, first_column + offs_g, stride_pk, seqlen_k,
-                                columns, rank, used, SECOND_PART, PHI_IN_REGISTERS, stage != 1, HAS_RANKS, PRECISION, INTERPRETED,
+                                dphi, ds, phi_k, pk_base, start_n, offs_n, first_column + offs_g, stride_pk, n_k,
+                                columns, rank, used, SECOND_PART, PHI_IN_REGISTERS, stage != 1, HAS_RANKS,
+                                PRECISION, INTERPRETED,
                             )  # fmt: skip
                             if TILE_CENTRED:
                                 # The operand is phi_k - c; the gradient belongs to phi_k - c_ref.
                                 step = centre_step(
-                                    raw_k_base, start_m, start_n, first_column + offs_g, seqlen_q, seqlen_k,
+                                    raw_k_base, start_m, start_n, first_column + offs_g, n_q, n_k,
                                     stride_raw_kn, stride_raw_kr, rank, CENTRE_TILE,
                                 )  # fmt: skip
                                 dphi += tl.sum(ds, 1)[:, None] * step[None, :]
 
         if STORE_DQ:
             dq_base = dq_ptr + b * stride_dqb + h * stride_dqh + base_q * stride_dqn
-            store_tile(dq_base, start_m, offs_m, offs_d, stride_dqn, seqlen_q, head_dim, dq * scale)
+            store_tile(dq_base, start_m, offs_m, offs_d, stride_dqn, n_q, head_dim, dq * scale)
         if STORE_DPHI and not SUM_DPHI:
             f = tl.cast(group_of(own, pq_s1, pq_v2, pq_s2), tl.int64)
             base = dphi_ptr + f * stride_dphi_f + base_q * stride_dphi + first_column
-            store_tile(base, start_m, offs_m, offs_g, stride_dphi, seqlen_q, rank - first_column, dphi)
+            store_tile(base, start_m, offs_m, offs_g, stride_dphi, n_q, rank - first_column, dphi)
             dphi = tl.zeros([BLOCK_M, BLOCK_G], dtype=tl.float32)
 
     if STORE_DPHI and SUM_DPHI:
         bh = member_of(walk, 0, walk_s1, walk_v2, walk_s2)
-        b, h, own, base_q, base_k, seqlen_q, seqlen_k, row_lse, shift = locate(
-            bh, num_heads, total_q, total_k, stride_lse, cu_q_ptr, cu_k_ptr, IS_VARLEN, BOTTOM_RIGHT
+        b, h, own, base_q, base_k, n_q, n_k, row_lse, shift = locate(
+            bh, num_heads, seqlen_q, seqlen_k, stride_lse, cu_q_ptr, cu_k_ptr, IS_VARLEN, BOTTOM_RIGHT
         )
         f = tl.cast(group_of(own, pq_s1, pq_v2, pq_s2), tl.int64)
         base = dphi_ptr + tl.cast(split, tl.int64) * stride_dphi_s + f * stride_dphi_f + base_q * stride_dphi
-        store_tile(base + first_column, start_m, offs_m, offs_g, stride_dphi, seqlen_q, rank - first_column, dphi)
+        store_tile(base + first_column, start_m, offs_m, offs_g, stride_dphi, n_q, rank - first_column, dphi)
 
 
 # -------------------------------------------------------------------- launches
@@ -760,9 +846,7 @@ def _launch_dkdv(
         )  # fmt: skip
 
 
-def _launch_dq(
-    ops: Operands, grads: list[torch.Tensor], rows: dict[str, Any], need_dq: bool, need_phi: bool
-) -> None:
+def _launch_dq(ops: Operands, grads: list[torch.Tensor], rows: dict[str, Any], need_dq: bool, need_phi: bool) -> None:
     if not (need_dq or need_phi):
         return
     dq = ops.flat(grads[0]) if need_dq else ops.q
@@ -814,7 +898,9 @@ def _launch_walk(
         partial = target if exact else grad.new_empty(splits, *target.shape[1:], dtype=torch.float32)
     # A factor that is in registers for the scores serves its gradient too, with columns that are not stored.
     in_registers = factors is not None and factors.chunks == 1 and factors.block_r <= 64 and not ops.needs_two_parts
-    block_g = factors.block_r if factors is not None and in_registers else min(64, max(16, triton.next_power_of_2(rank)))
+    block_g = (
+        factors.block_r if factors is not None and in_registers else min(64, max(16, triton.next_power_of_2(rank)))
+    )
     for first_column in range(0, max(rank, 1), block_g):
         kernel[(blocks * walk.sharing.groups, splits)](
             **ops.tensors(),

@@ -1,5 +1,10 @@
 """Forward pass: one kernel for all shapes, and one that joins the parts of a split key range."""
 
+# Triton's language is untyped: jitted functions take and return what annotations cannot say.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportReturnType=false
+
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -27,7 +32,6 @@ from flashbias.attention.triton.primitives import (
     tile_offset,
 )
 
-
 EDGE = 64
 """Keys of a tile at the edge of the band or of the sequence: small, so that less of it is wasted."""
 
@@ -39,7 +43,6 @@ def _fwd_range(
     m_i,
     q,
     phi_q,
-   
     k_ptr,
     v_ptr,
     phi_q_ptr,
@@ -116,11 +119,25 @@ def _fwd_range(
         phi_k = k
         if HAS_PHI and PHI_CHUNKS == 1:
             # [BLOCK_N, BLOCK_R]
-            phi_k = load_factor(phi_k_ptr, start_n, offs_n, offs_r, stride_pk, seqlen_k, columns, rank, used, BOUNDED, PADDED_R, HAS_RANKS)
+            phi_k = load_factor(
+                phi_k_ptr,
+                start_n,
+                offs_n,
+                offs_r,
+                stride_pk,
+                seqlen_k,
+                columns,
+                rank,
+                used,
+                BOUNDED,
+                PADDED_R,
+                HAS_RANKS,
+            )
         if HAS_PHI and PHI_CHUNKS > 1:
             s = chunked_bias(
                 phi_q_ptr, phi_k_ptr, start_m, start_n, offs_m, offs_n, stride_pq, stride_pk, seqlen_q, seqlen_k,
-                columns, rank, used, inv_scale, HAS_RANKS, BLOCK_M, BLOCK_N, BLOCK_R, PHI_CHUNKS, PHI_MODE, PRECISION, INTERPRETED,
+                columns, rank, used, inv_scale, HAS_RANKS, BLOCK_M, BLOCK_N, BLOCK_R, PHI_CHUNKS, PHI_MODE,
+                PRECISION, INTERPRETED,
             )  # fmt: skip
             s = product(q, tl.trans(k), s, PRECISION, INTERPRETED)
         else:
@@ -303,7 +320,20 @@ def _fwd_kernel(
         if HAS_RANKS:
             used = tl.load(ranks_ptr + h)
         if PHI_CHUNKS == 1:
-            phi_q = load_factor(phi_q_ptr, start_m, offs_m, offs_r, stride_pq, seqlen_q, columns, rank, used, True, PADDED_R, HAS_RANKS)
+            phi_q = load_factor(
+                phi_q_ptr,
+                start_m,
+                offs_m,
+                offs_r,
+                stride_pq,
+                seqlen_q,
+                columns,
+                rank,
+                used,
+                True,
+                PADDED_R,
+                HAS_RANKS,
+            )
             phi_q = rescaled(phi_q, inv_scale, PHI_MODE)
     q_code = offs_m
     if HAS_TABLE:
@@ -315,9 +345,7 @@ def _fwd_kernel(
     if HAS_MASK:
         mask_ptr += tl.cast(group_of(own, mask_s1, mask_v2, mask_s2), tl.int64) * stride_mask_f
 
-    lo, full_lo, full_hi, hi = key_range(
-        start_m, seqlen_k, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
-    )
+    lo, full_lo, full_hi, hi = key_range(start_m, seqlen_k, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N)
     if IS_SPLIT:
         lo = tl.maximum(lo, split * split_size)
         hi = tl.minimum(hi, (split + 1) * split_size)
@@ -347,10 +375,12 @@ def _fwd_kernel(
                 acc, l_i, m_i = _fwd_range(
                     acc, l_i, m_i, q, phi_q, k_ptr, v_ptr, phi_q_ptr, phi_k_ptr, raw_phi_q_ptr, raw_phi_k_ptr,
                     table_ptr, code_k_ptr, q_code, mask_ptr, seed_ptr, bh, start_m, first, last, seqlen_q, seqlen_k,
-                    head_dim, head_dim_v, columns, rank, used, half, shift, left, right, scale * LOG2E, inv_scale, dropout_p,
+                    head_dim, head_dim_v, columns, rank, used, half, shift, left, right, scale * LOG2E, inv_scale,
+                    dropout_p,
                     stride_kn, stride_vn, stride_pq, stride_pk, stride_raw_qn, stride_raw_qr, stride_raw_kn,
                     stride_raw_kr, stride_mask_m, stride_mask_n, stage != 1, HAS_LEFT, HAS_RIGHT, HAS_PHI,
-                    PHI_MODE, HAS_RANKS, PHI_CHUNKS, PADDED_R, TILE_CENTRED, CENTRE_TILE, BLOCK_RANK, HAS_TABLE, HAS_CODES,
+                    PHI_MODE, HAS_RANKS, PHI_CHUNKS, PADDED_R, TILE_CENTRED, CENTRE_TILE, BLOCK_RANK, HAS_TABLE,
+                    HAS_CODES,
                     HAS_MASK, HAS_DROPOUT, PADDED_D, PADDED_DV, PRECISION, INTERPRETED, BLOCK_M,
                     BLOCK_N if stage == 1 else BLOCK_EDGE, BLOCK_D,
                     BLOCK_DV, BLOCK_R,
@@ -398,7 +428,7 @@ def _combine_kernel(
     tl.store(lse_ptr + row, tl.where(total == 0.0, float("-inf"), top + tl.log(total)))
 
 
-def launch(out: torch.Tensor, lse: torch.Tensor, *arguments: object) -> None:
+def launch(out: torch.Tensor, lse: torch.Tensor, *arguments: Any) -> None:
     """Fill `out` and `lse`; the arguments are those that the operators share (`attention/registration.py`)."""
     ops = Operands.of(*arguments)
     config = choose("forward", ops)

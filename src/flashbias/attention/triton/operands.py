@@ -1,5 +1,8 @@
 """One call as the kernels see it: flat tensors, strides, sizes and flags, built once for both passes."""
 
+# Triton's language is untyped: jitted functions take and return what annotations cannot say.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportReturnType=false
+
 from __future__ import annotations
 
 import functools
@@ -177,6 +180,12 @@ class Operands:
         return self.q.dtype == torch.float16 and self.factors is not None and self.factors.terms > 1
 
     @property
+    def has_extras(self) -> bool:
+        """Whether scores get more than factors: a table, a user's mask, dropout, offsets of tiles, packed batches."""
+        tiled = self.factors is not None and self.factors.tile_centred
+        return tiled or self.table is not None or self.mask is not None or self.dropout_p > 0 or self.is_varlen
+
+    @property
     def block_d(self) -> int:
         """head_dim as a power of two that the matrix unit takes."""
         return max(16, triton.next_power_of_2(self.head_dim))
@@ -244,7 +253,14 @@ class Operands:
         # The log-sum-exp of (batch, head) lies at a row of its own, that of packed tokens at the head's row.
         result["stride_lse"] = self.seqlen_q
         names = ("stride_pqf", "stride_pq", "stride_pkf", "stride_pk")
-        raw = ("stride_raw_qf", "stride_raw_qn", "stride_raw_qr", "stride_raw_kf", "stride_raw_kn", "stride_raw_kr")
+        raw = (
+            "stride_raw_qf",
+            "stride_raw_qn",
+            "stride_raw_qr",
+            "stride_raw_kf",
+            "stride_raw_kn",
+            "stride_raw_kr",
+        )
         if self.factors is None:
             result |= dict.fromkeys((*names, *raw), 0)
         else:

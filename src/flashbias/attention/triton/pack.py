@@ -3,6 +3,9 @@
 The numbers (which parts, which centre) come from `attention/packing.py`; the kernel only applies them.
 """
 
+# Triton's language is untyped: jitted functions take and return what annotations cannot say.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportReturnType=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass

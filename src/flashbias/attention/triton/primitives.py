@@ -5,8 +5,10 @@ Tiles come in two orientations, queries by keys and keys by queries; functions t
 `j` (keys) that broadcast to the tile, so that one text serves both.
 """
 
-# Kernels are compiled from source: annotations such as tl.constexpr must stay objects, and jitted functions
-# take many arguments by nature.
+# Triton's language is untyped: jitted functions take and return what annotations cannot say.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportReturnType=false
+
+# Kernels are compiled from source: annotations such as tl.constexpr must stay objects.
 import triton
 import triton.language as tl
 
@@ -195,7 +197,18 @@ def add_factor_gradient(
         lead = load_factor(ptr, start, rows, cols, stride, num_rows, columns, rank, used, BOUNDED, True, HAS_RANKS)
         if SECOND_PART > 0:
             second = load_factor(
-                ptr, start, rows, cols + SECOND_PART, stride, num_rows, columns, rank, used, BOUNDED, True, HAS_RANKS
+                ptr,
+                start,
+                rows,
+                cols + SECOND_PART,
+                stride,
+                num_rows,
+                columns,
+                rank,
+                used,
+                BOUNDED,
+                True,
+                HAS_RANKS,
             )
             return product(ds, lead.to(tl.float32) + second.to(tl.float32), dphi, "tf32", INTERPRETED)
         else:
@@ -243,7 +256,16 @@ def chunked_bias(
 
 @triton.jit
 def centre_step(
-    raw_k_ptr, start_m, start_n, cols, seqlen_q, seqlen_k, stride_k, stride_kr, rank, CENTRE_TILE: tl.constexpr
+    raw_k_ptr,
+    start_m,
+    start_n,
+    cols,
+    seqlen_q,
+    seqlen_k,
+    stride_k,
+    stride_kr,
+    rank,
+    CENTRE_TILE: tl.constexpr,
 ):
     """`c - c_ref`: from the key opposite to these queries to the centre of this tile of keys, `[cols]`."""
     here = tl.minimum(start_n // CENTRE_TILE * CENTRE_TILE + CENTRE_TILE // 2, seqlen_k - 1)
@@ -274,9 +296,7 @@ def tile_offset(
 ):
     """`phi_q[i] @ (c - c_ref)`: what centring phi_k tile by tile took from the scores of these queries."""
     cols = tl.arange(0, BLOCK_RANK)
-    step = centre_step(
-        raw_k_ptr, start_m, start_n, cols, seqlen_q, seqlen_k, stride_k, stride_kr, rank, CENTRE_TILE
-    )
+    step = centre_step(raw_k_ptr, start_m, start_n, cols, seqlen_q, seqlen_k, stride_k, stride_kr, rank, CENTRE_TILE)
     inside = ((start_m + offs_m) < seqlen_q)[:, None] & (cols < rank)[None, :]
     ptrs = raw_q_ptr + tl.cast(start_m, tl.int64) * stride_q + offs_m[:, None] * stride_q + cols[None, :] * stride_qr
     phi_q = tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)

@@ -6,6 +6,9 @@ so that it cannot overflow. With |dS_ij| <= P_ij * (2 max|dout| max|v| / (1 - dr
 that sum to 1, the sum of all |dS| is at most rows * that bound; what is rounded off is 2^-61 of it.
 """
 
+# Triton's language is untyped: jitted functions take and return what annotations cannot say.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportReturnType=false
+
 from typing import Any
 
 import torch
@@ -143,7 +146,7 @@ def _bwd_dtable_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """dS of one tile, member by member, added to the entries of the table that it read."""
+    """DS of one tile, member by member, added to the entries of the table that it read."""
     pid = tl.program_id(0)
     split = tl.program_id(1)
     start_n = (pid % num_blocks_n) * BLOCK_N
@@ -200,8 +203,34 @@ def _bwd_dtable_kernel(
                         BLOCK_RANK, CENTRE_TILE,
                     )[:, None]  # fmt: skip
                 if PHI_CHUNKS == 1:
-                    phi_q = load_factor(pq_base, start_m, offs_m, offs_r, stride_pq, n_q, columns, rank, used, True, PADDED_R, HAS_RANKS)
-                    phi_k = load_factor(pk_base, start_n, offs_n, offs_r, stride_pk, n_k, columns, rank, used, True, PADDED_R, HAS_RANKS)
+                    phi_q = load_factor(
+                        pq_base,
+                        start_m,
+                        offs_m,
+                        offs_r,
+                        stride_pq,
+                        n_q,
+                        columns,
+                        rank,
+                        used,
+                        True,
+                        PADDED_R,
+                        HAS_RANKS,
+                    )
+                    phi_k = load_factor(
+                        pk_base,
+                        start_n,
+                        offs_n,
+                        offs_r,
+                        stride_pk,
+                        n_k,
+                        columns,
+                        rank,
+                        used,
+                        True,
+                        PADDED_R,
+                        HAS_RANKS,
+                    )
                     phi_q = rescaled(phi_q, inv_scale, PHI_MODE)
             if HAS_PHI and PHI_CHUNKS > 1:
                 s = chunked_bias(

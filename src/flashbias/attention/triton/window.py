@@ -4,6 +4,9 @@ Everything follows from one recomputation of the weights. Windows that share the
 program, which adds up dS itself: the two products with the factors are made once, at the end.
 """
 
+# Triton's language is untyped: jitted functions take and return what annotations cannot say.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportReturnType=false
+
 from typing import Any
 
 import torch
@@ -193,8 +196,34 @@ def _bwd_window_kernel(
                 used = tl.load(ranks_ptr + h)
             pq_base = phi_q_ptr + f_q * stride_pqf
             pk_base = phi_k_ptr + f_k * stride_pkf
-            phi_q = load_factor(pq_base, 0, offs_m, offs_r, stride_pq, seqlen_q, columns, rank, used, True, PADDED_R, HAS_RANKS)
-            phi_k = load_factor(pk_base, 0, offs_n, offs_r, stride_pk, seqlen_k, columns, rank, used, True, PADDED_R, HAS_RANKS)
+            phi_q = load_factor(
+                pq_base,
+                0,
+                offs_m,
+                offs_r,
+                stride_pq,
+                seqlen_q,
+                columns,
+                rank,
+                used,
+                True,
+                PADDED_R,
+                HAS_RANKS,
+            )
+            phi_k = load_factor(
+                pk_base,
+                0,
+                offs_n,
+                offs_r,
+                stride_pk,
+                seqlen_k,
+                columns,
+                rank,
+                used,
+                True,
+                PADDED_R,
+                HAS_RANKS,
+            )
             phi_q = rescaled(phi_q, inv_scale, PHI_MODE)
         s = scores(q, tl.trans(k), phi_q, phi_k, inv_scale, HAS_PHI, PHI_MODE, PRECISION, INTERPRETED)
         dp = product(do, tl.trans(v), None, PRECISION, INTERPRETED)
@@ -245,10 +274,32 @@ def _bwd_window_kernel(
         if IS_PACKED:
             # Packed factors: their second parts (see `packing.products`) are wanted beside a sum over many windows.
             grad_q += load_factor(
-                pq_base, 0, offs_m, offs_g + 2 * rank, stride_pq, seqlen_q, columns, rank, used, True, True, HAS_RANKS
+                pq_base,
+                0,
+                offs_m,
+                offs_g + 2 * rank,
+                stride_pq,
+                seqlen_q,
+                columns,
+                rank,
+                used,
+                True,
+                True,
+                HAS_RANKS,
             ).to(tl.float32)
             grad_k += load_factor(
-                pk_base, 0, offs_n, offs_g + rank, stride_pk, seqlen_k, columns, rank, used, True, True, HAS_RANKS
+                pk_base,
+                0,
+                offs_n,
+                offs_g + rank,
+                stride_pk,
+                seqlen_k,
+                columns,
+                rank,
+                used,
+                True,
+                True,
+                HAS_RANKS,
             ).to(tl.float32)
         dphi_q = product(ds_sum, grad_k, None, PRECISION, INTERPRETED)
         dphi_k = product(tl.trans(ds_sum), grad_q, None, PRECISION, INTERPRETED) * dphi_k_mult
@@ -313,6 +364,9 @@ def launch(ops: Operands, grads: list[torch.Tensor], rows: dict[str, Any], needs
         num_stages=config.num_stages,
         maxnreg=config.maxnreg,
     )
-    for need, grad, partial in ((needs_grad[3], grads[3], partials[0]), (needs_grad[4], grads[4], partials[1])):
+    for need, grad, partial in (
+        (needs_grad[3], grads[3], partials[0]),
+        (needs_grad[4], grads[4], partials[1]),
+    ):
         if need:
             grad.copy_(partial.sum(0).view(grad.shape))

@@ -1,0 +1,265 @@
+"""What a run leaves behind: rows of a CSV, and the tables of README and documentation made from them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+__all__ = ["COLUMNS", "Row", "read_rows", "render", "replace_file", "write_rows", "write_tables"]
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the CSV; a number is a string, empty where there is none.
+
+    `status` is one of `ok`, `wrong`, `oom`, `not installed`, `unsupported: …`, `error: …`, `skipped: …`.
+    Only `ok` has times. `max_rel_error` is the agreement check's (`agreement.max_rel_error`). `peak_mib` is
+    the memory that the call takes beyond query, key, value, dout and factors; a dense matrix that a provider
+    reads counts.
+    """
+
+    case: str
+    pass_name: str
+    provider: str
+    dtype: str
+    median_ms: str = ""
+    p10_ms: str = ""
+    p90_ms: str = ""
+    peak_mib: str = ""
+    max_rel_error: str = ""
+    status: str = "ok"
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """What tells one row of a run from another."""
+        return self.case, self.pass_name, self.provider, self.dtype
+
+    @property
+    def family(self) -> str:
+        """What stands before the slash of the provider."""
+        return self.provider.split("/", 1)[0]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether a resumed run keeps it."""
+        return not self.status.startswith("skipped")
+
+
+COLUMNS = tuple("pass" if field.name == "pass_name" else field.name for field in fields(Row))
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read a CSV; a last line that an interruption cut short is left out.
+
+    Raises:
+        ValueError: the columns are not those of a benchmark.
+    """
+    with path.open(newline="") as file:
+        lines = list(csv.reader(file))
+    if not lines or tuple(lines[0]) != COLUMNS:
+        raise ValueError(f"{path} must have the columns {','.join(COLUMNS)}, got {','.join(lines[0] if lines else [])}")
+    return [Row(*line) for line in lines[1:] if len(line) == len(COLUMNS)]
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Write a whole CSV at once, through a temporary name."""
+    partial = path.with_name(path.name + ".tmp")
+    with partial.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows(astuple(row) for row in rows)
+    os.replace(partial, path)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write text through a temporary name, so that nobody reads half a file."""
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+# -------------------------------------------------------------------- tables
+
+
+def render(csv_path: Path | str) -> str:
+    """Make Markdown tables of one run, one for each pass and dtype.
+
+    Args:
+        csv_path: written by `run`; the JSON beside it, if there, gives the heading.
+
+    Returns:
+        Markdown: times in milliseconds, the fastest provider of each family named beside its time, and ratios
+        within the run. Rows without a number are listed below the tables with the reason.
+
+    Raises:
+        ValueError: the file is not a benchmark's, or holds no row.
+    """
+    path = Path(csv_path)
+    rows = read_rows(path)
+    if not rows:
+        raise ValueError(f"{path} holds no row")
+    parts = [_heading(path.with_suffix(".json"))]
+    for pass_name, dtype in dict.fromkeys((row.pass_name, row.dtype) for row in rows):
+        chosen = [row for row in rows if (row.pass_name, row.dtype) == (pass_name, dtype)]
+        title = f"{_PASS_TITLES.get(pass_name, pass_name)}, {dtype}"
+        parts.append(f"**{title}: median time, ms**\n\n{_time_table(chosen)}")
+        if any(row.peak_mib for row in chosen):
+            parts.append(f"**{title}: peak memory of the same, MiB**\n\n{_memory_table(chosen)}")
+    if missing := _without_number(rows):
+        parts.append(missing)
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+_PASS_TITLES = {"fwd": "Forward", "fwdbwd": "Forward and backward"}
+
+# Title of a column, and the families whose fastest provider it shows.
+_FAMILY_COLUMNS = (
+    ("ours", "ours"),
+    ("ours, no bias", "ours-bias-free"),
+    ("no bias, fastest peer", "bias-free"),
+    ("concat", "concat"),
+    ("ALiBi in place", "alibi"),
+    ("dense bias", "dense"),
+    ("dense bias with gradient", "dense+grad"),
+)
+
+_RATIO_COLUMNS = (
+    ("ours / no bias", "ours", "bias-free"),
+    ("ours / own no bias", "ours", "ours-bias-free"),
+    ("dense / ours", "dense", "ours"),
+    ("dense with gradient / ours", "dense+grad", "ours"),
+)
+
+
+Winners = dict[str, dict[str, Row | None]]  # case -> family -> its fastest row
+
+
+def _winners(rows: Sequence[Row]) -> Winners:
+    winners: Winners = {}
+    for case in dict.fromkeys(row.case for row in rows):
+        best = {family: _fastest(rows, case, family) for _, family in _FAMILY_COLUMNS}
+        if ours := best["ours"]:  # compare an implementation with itself
+            same = [r for r in rows if r.case == case and r.provider == ours.provider.replace("ours", "ours-bias-free")]
+            best["ours-bias-free"] = _fastest(same, case, "ours-bias-free") or best["ours-bias-free"]
+        winners[case] = best
+    return winners
+
+
+def _time_table(rows: Sequence[Row]) -> str:
+    """One line for each case; a column appears if any case has a number for it."""
+    winners = _winners(rows)
+    columns = _used_columns(winners)
+    shown = {family for _, family in columns}
+    ratios = [column for column in _RATIO_COLUMNS if {column[1], column[2]} <= shown]
+    titles = [title for title, *_ in (*columns, *ratios)]
+    lines = []
+    for case, best in winners.items():
+        cells = [_time_cell(best[family]) for _, family in columns]
+        cells += [_ratio_cell(best[over], best[under]) for _, over, under in ratios]
+        lines.append([case, *cells])
+    return _markdown(["case", *titles], lines)
+
+
+def _memory_table(rows: Sequence[Row]) -> str:
+    winners = _winners(rows)
+    columns = _used_columns(winners)
+    lines = [[case, *(_memory_cell(best[family]) for _, family in columns)] for case, best in winners.items()]
+    return _markdown(["case", *(title for title, _ in columns)], lines)
+
+
+def _used_columns(winners: Winners) -> list[tuple[str, str]]:
+    return [column for column in _FAMILY_COLUMNS if any(best[column[1]] for best in winners.values())]
+
+
+def _markdown(titles: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rows = [titles, ["---"] + ["---:"] * (len(titles) - 1), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _fastest(rows: Sequence[Row], case: str, family: str) -> Row | None:
+    timed = [row for row in rows if row.case == case and row.family == family and row.status == "ok"]
+    return min(timed, key=lambda row: float(row.median_ms), default=None)
+
+
+def _time_cell(row: Row | None) -> str:
+    return "–" if row is None else f"{float(row.median_ms):.3f} {row.provider.split('/', 1)[1]}"
+
+
+def _ratio_cell(over: Row | None, under: Row | None) -> str:
+    return "–" if over is None or under is None else f"**{float(over.median_ms) / float(under.median_ms):.2f}**"
+
+
+def _memory_cell(row: Row | None) -> str:
+    return "–" if row is None or not row.peak_mib else f"{float(row.peak_mib):.0f}"
+
+
+def _without_number(rows: Sequence[Row]) -> str:
+    """What could not be timed, by reason and provider."""
+    reasons: dict[str, dict[str, list[str]]] = {}
+    for row in rows:
+        if row.status != "ok":
+            where = f"{row.case} {row.pass_name} {row.dtype}"
+            reasons.setdefault(row.status, {}).setdefault(row.provider, []).append(where)
+    if not reasons:
+        return ""
+    items = [
+        f"- {reason}: " + "; ".join(f"`{provider}` ({', '.join(where)})" for provider, where in providers.items())
+        for reason, providers in reasons.items()
+    ]
+    return "<details><summary>Without a number</summary>\n\n" + "\n".join(items) + "\n\n</details>"
+
+
+def _heading(json_path: Path) -> str:
+    if not json_path.exists():
+        return ""
+    environment = json.loads(json_path.read_text())
+    packages = environment.get("packages", {})
+    versions = [f"{name} {version}" for name, version in packages.items() if version]
+    parts = [environment.get("device", ""), *versions, f"measured {environment.get('started', '')[:10]}"]
+    if commit := environment.get("commit"):
+        parts.append(f"commit {commit[:10]}{'-dirty' if commit.endswith('-dirty') else ''}")
+    return "Measured on " + ", ".join(part for part in parts if part) + "."
+
+
+def write_tables(results_dir: Path | str, files: Iterable[Path | str]) -> list[Path]:
+    """Put the tables of every run below a folder between the markers of documents.
+
+    What stands between `<!-- bench:begin -->` and `<!-- bench:end -->` is replaced; the rest is left alone.
+
+    Args:
+        results_dir: searched for `*.csv`, also in folders of its own, as in `benchmarks/results/h200/`.
+        files: Markdown files with one pair of markers each.
+
+    Returns:
+        The files whose text has changed.
+
+    Raises:
+        ValueError: there is no CSV, or a file does not have exactly one pair of markers.
+    """
+    results_dir = Path(results_dir)
+    found = sorted(results_dir.rglob("*.csv"))
+    if not found:
+        raise ValueError(f"no CSV below {results_dir}")
+    text = "\n".join(render(path) for path in found)
+    changed = []
+    for file in map(Path, files):
+        old = file.read_text()
+        new = _between_markers(file, old, text)
+        if new != old:
+            replace_file(file, new)
+            changed.append(file)
+    return changed
+
+
+def _between_markers(file: Path, old: str, text: str) -> str:
+    if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
+        raise ValueError(f"{file} must have one {BEGIN} and, after it, one {END}")
+    before, rest = old.split(BEGIN)
+    after = rest.split(END)[1]
+    return f"{before}{BEGIN}\n{text}{END}{after}"

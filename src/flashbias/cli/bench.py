@@ -1,0 +1,98 @@
+"""`flashbias bench`: time this library and its peers on cases taken from real models."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from flashbias.cli.progress import progress_bar
+
+__all__ = ["bench"]
+
+
+def bench(
+    cases: Annotated[list[str] | None, typer.Option("--case", help="A case; repeat for more. Default: all.")] = None,
+    passes: Annotated[list[str] | None, typer.Option("--pass", help="fwd or fwdbwd. Default: both.")] = None,
+    providers: Annotated[
+        list[str] | None,
+        typer.Option("--provider", help="A name, a family such as ours, or a pattern such as '*/flex'."),
+    ] = None,
+    dtypes: Annotated[list[str] | None, typer.Option("--dtype", help="Default: bfloat16.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the CSV and its environment.", file_okay=False)] = Path(
+        "results/bench"
+    ),
+    name: Annotated[str, typer.Option(help="Name of the files.")] = "bench",
+    device: Annotated[str | None, typer.Option(help="Default: cuda where there is one, else cpu.")] = None,
+    small: Annotated[bool, typer.Option("--small", help="Small versions of the cases, for a CPU.")] = False,
+    isolate: Annotated[bool, typer.Option("--isolate", help="Measure in a child: a crash costs one row.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep the rows of an interrupted run.")] = False,
+    time_limit: Annotated[float | None, typer.Option(help="Seconds for the whole run.")] = None,
+    show: Annotated[bool, typer.Option("--list", help="List cases and providers, and leave.")] = False,
+    table: Annotated[
+        Path | None, typer.Option(help="Print the tables of an earlier run's CSV, and leave.", exists=True)
+    ] = None,
+) -> None:
+    """Time this library and its peers; a wrong result has no number.
+
+    Every provider's output, and its gradients in fwdbwd, are compared with float64 before it is timed. Out of
+    memory and "unsupported" are results. An interrupted run leaves its rows in a file that ends in `.part`;
+    `--resume` goes on from there.
+
+    **Examples**
+
+        flashbias bench --list
+
+        flashbias bench --small --case swin-49 --dtype float32 --provider ours
+
+        flashbias bench --case full-128 --case swin-576 --pass fwd --out results/h200 --isolate
+
+        flashbias bench --table results/bench/bench.csv
+    """
+    from flashbias.bench import CASES, Row, provider_names, render, run
+    from flashbias.bench.providers import FAMILIES
+    from flashbias.bench.rows import PASSES
+
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    if show:
+        shapes = [f"  {case.name:14} {case.shape}" for case in CASES.values()]
+        console.print("\n".join(["cases", *shapes, "providers", *(f"  {p}" for p in provider_names())]))
+        return
+    if table is not None:
+        console.print(render(table))
+        return
+    if device is not None:
+        _check_device(device)
+    with progress_bar() as progress:
+
+        def report(done: int, total: int, row: Row) -> None:
+            time = f"{row.median_ms} ms" if row.median_ms else row.status
+            progress(done, total, f"{row.case} {row.pass_name} {row.provider}: {time}")
+
+        path = run(
+            cases,
+            passes or PASSES,
+            providers or FAMILIES,
+            dtypes or ["bfloat16"],
+            out,
+            name=name,
+            device=device,
+            small=small,
+            isolate=isolate,
+            resume=resume,
+            time_limit_s=time_limit,
+            progress=report,
+        )
+    console.print(f"{render(path)}\nwrote {path}")
+
+
+def _check_device(device: str) -> None:
+    if device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", device):
+        raise ValueError(f"--device must be 'cpu', 'cuda' or 'cuda:N', got {device!r}")
+    count = torch.cuda.device_count()
+    if device != "cpu" and int(device.partition(":")[2] or 0) >= count:
+        raise ValueError(f"--device is {device!r}, but torch finds {count} GPUs")

@@ -1,0 +1,152 @@
+"""The kernels' operators in torch: opcheck, compile, autocast, checkpointing, and no second derivative."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import flashbias as fb
+from flashbias.attention import registration
+
+
+class IntegrationSuite:
+    device = "cpu"
+
+    def tensors(
+        self, dtype: torch.dtype = torch.float32, n: int = 9, requires_grad: bool = True
+    ) -> list[Tensor]:
+        """query, key, value, phi_q, phi_k, table."""
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(2, 2, n, 8)] * 3 + [(1, 2, n, 3), (2, 1, n, 3), (2, 5)]
+        made = [torch.randn(shape, generator=generator).to(self.device) for shape in shapes]
+        made = [x.to(dtype) if index < 3 else x for index, x in enumerate(made)]
+        return [x.requires_grad_(requires_grad) for x in made]
+
+    @staticmethod
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor, table: Tensor, **options: Any
+    ) -> Tensor:
+        return fb.attention(q, k, v, fb.FactoredBias(phi_q, phi_k, table), impl="triton", **options)  # type: ignore[return-value]
+
+    def operator_arguments(self, leaves: list[Tensor], dropout_p: float = 0.0) -> tuple[Any, ...]:
+        """Arguments of the forward operator, in the order of its schema."""
+        n = leaves[0].shape[-2]
+        seed = torch.tensor(5, device=self.device) if dropout_p else None
+        return (*leaves, None, None, None, None, None, seed, n, n, [], 0.3, -1, 0, False, dropout_p, "triton")
+
+    @pytest.mark.parametrize(
+        ("frozen", "dropout_p"),
+        [((), 0.2), ((0, 1, 2), 0.0), ((3, 4, 5), 0.0)],
+        ids=["all-dropout", "bias-only", "queries-only"],
+    )
+    def test_opcheck_of_the_forward_operator(self, dropout_p: float, frozen: tuple[int, ...]) -> None:
+        leaves = [x.detach() if i in frozen else x for i, x in enumerate(self.tensors())]
+        torch.library.opcheck(registration.attention_forward, self.operator_arguments(leaves, dropout_p))
+
+    def test_opcheck_of_the_backward_operator(self) -> None:
+        leaves = self.tensors(requires_grad=False)
+        arguments = self.operator_arguments(leaves)
+        out, lse = registration.attention_forward(*arguments)
+        for needs in (
+            [True] * 6,
+            [False, False, False, True, True, True],
+        ):
+            torch.library.opcheck(
+                registration.attention_backward,
+                (torch.randn_like(out), torch.randn_like(lse), out, lse, needs, *arguments),
+            )
+
+    def test_nothing_is_returned_for_what_needs_no_gradient(self) -> None:
+        leaves = self.tensors(requires_grad=False)
+        arguments = self.operator_arguments(leaves)
+        out, lse = registration.attention_forward(*arguments)
+        for needed in range(6):
+            needs = [index == needed for index in range(6)]
+            grads = registration.attention_backward(torch.ones_like(out), None, out, lse, needs, *arguments)
+            assert [bool(g.numel()) for g in grads] == needs
+
+    def test_no_second_derivative(self) -> None:
+        leaves = self.tensors()
+        (grad,) = torch.autograd.grad(self.attend(*leaves).pow(2).sum(), leaves[3], create_graph=True)
+        with pytest.raises(NotImplementedError, match="impl='reference'"):
+            grad.sum().backward()
+
+    @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+    def test_compiles_without_graph_breaks(self, backend: str) -> None:
+        if backend == "inductor" and self.device == "cpu":
+            backend = (
+                "aot_eager_decomp_partition"  # inductor's own kernels do not run in the interpreter's process
+            )
+        torch.compiler.reset()
+
+        def model(*leaves: Tensor) -> Tensor:
+            q, *rest = leaves
+            return self.attend(q * 2.0, *rest, is_causal=True)
+
+        leaves = self.tensors()
+        compiled = torch.compile(model, fullgraph=True, backend=backend)
+        found, wanted = compiled(*leaves), model(*leaves)
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+        pairs = zip(
+            torch.autograd.grad(found.sin().sum(), leaves),
+            torch.autograd.grad(wanted.sin().sum(), leaves),
+            strict=True,
+        )
+        for a, b in pairs:
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+    def test_autocast_casts_queries_and_leaves_factors(self) -> None:
+        q, k, v, phi_q, phi_k, table = self.tensors(requires_grad=False)
+        phi_k = phi_k + 1000.0
+        with torch.autocast(self.device, torch.bfloat16):
+            found = self.attend(q, k, v, phi_q, phi_k, table)
+        assert found.dtype == torch.bfloat16
+        assert torch.equal(found, self.attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), phi_q, phi_k, table))
+
+    def test_checkpointing(self) -> None:
+        leaves = self.tensors()
+        found = checkpoint(self.attend, *leaves, use_reentrant=False, dropout_p=0.0)
+        wanted = self.attend(*leaves)
+        assert torch.equal(found, wanted)  # type: ignore[arg-type]
+        for a, b in zip(
+            torch.autograd.grad(found.sum(), leaves), torch.autograd.grad(wanted.sum(), leaves), strict=True
+        ):  # type: ignore[union-attr]
+            assert torch.equal(a, b)
+
+    def test_checkpointing_drops_the_same_weights_again(self) -> None:
+        leaves = self.tensors()
+        torch.manual_seed(1)
+        found = torch.autograd.grad(
+            checkpoint(self.attend, *leaves, use_reentrant=False, dropout_p=0.3).sum(), leaves
+        )  # type: ignore[union-attr]
+        torch.manual_seed(1)
+        wanted = torch.autograd.grad(self.attend(*leaves, dropout_p=0.3).sum(), leaves)
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+    def test_forward_exports(self) -> None:
+        class Layer(torch.nn.Module):
+            def forward(self, *leaves: Tensor) -> Tensor:
+                return IntegrationSuite.attend(*leaves)
+
+        leaves = tuple(self.tensors(requires_grad=False))
+        program = torch.export.export(Layer(), leaves)
+        assert any("flashbias.attention_forward" in str(node.target) for node in program.graph.nodes)
+        torch.testing.assert_close(program.module()(*leaves), Layer()(*leaves))
+
+    def test_auto_takes_the_kernels(self) -> None:
+        q, k, v, *_ = self.tensors()
+        assert fb.explain(q, k, v).impl == "triton"
+
+
+@pytest.mark.interpreter
+class TestIntegrationInterpreted(IntegrationSuite):
+    pass
+
+
+@pytest.mark.gpu
+class TestIntegrationOnGpu(IntegrationSuite):
+    device = "cuda"
