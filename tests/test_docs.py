@@ -90,8 +90,6 @@ def test_benchmark_tables_are_those_of_the_committed_results(page: Path, tmp_pat
     shutil.copy(page, copy)
     if any(RESULTS.rglob("*.csv")):
         write_tables(RESULTS, [copy])
-        assert copy.read_text() == page.read_text(), (
-            "run python -m flashbias.bench --write-tables (CONTRIBUTING.md)"
-        )
+        assert copy.read_text() == page.read_text(), "run python -m flashbias.bench --write-tables (CONTRIBUTING.md)"
     else:
         assert "No run has been committed yet." in page.read_text()

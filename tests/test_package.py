@@ -94,9 +94,7 @@ def test_metadata(built: Path) -> None:
         metadata = archive.read(f"flashbias-{VERSION}.dist-info/METADATA").decode()
         scripts = archive.read(f"flashbias-{VERSION}.dist-info/entry_points.txt").decode()
     assert "Requires-Python: >=3.11" in metadata
-    core = [
-        line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line
-    ]
+    core = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
     assert sorted(line.split()[1].partition(">")[0] for line in core) == ["numpy", "torch"]
     assert "flashbias = flashbias.cli:main" in scripts
 

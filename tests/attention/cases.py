@@ -59,13 +59,9 @@ BROADCASTS = [
     Case("factors-1-1-B-H", n=19, phi_q=(1, 1), phi_k=(3, 2), batch=(3,), rank=33),
     Case("windows", batch=(2, 3), n=16, phi_q=(1, 3, 2), phi_k=(1, 3, 2), fixed=True, core=True),
     Case("windows-49", batch=(2, 2), heads=1, n=49, phi_q=(1, 2, 1), phi_k=(1, 2, 1), rank=16, fixed=True),
-    Case(
-        "windows-long", batch=(2, 1), heads=1, n=65, head_dim=8, phi_q=(1, 1, 1), phi_k=(1, 1, 1), fixed=True
-    ),
+    Case("windows-long", batch=(2, 1), heads=1, n=65, head_dim=8, phi_q=(1, 1, 1), phi_k=(1, 1, 1), fixed=True),
     Case("windows-mixed", batch=(2, 3), n=16, phi_q=(1, 3, 2), phi_k=(2, 1, 2), fixed=True),
-    Case(
-        "triangle", batch=(2, 3), n=17, phi_q=(2, 1, 2), phi_k=(2, 1, 2), rank=16, same_dtype=True, core=True
-    ),
+    Case("triangle", batch=(2, 3), n=17, phi_q=(2, 1, 2), phi_k=(2, 1, 2), rank=16, same_dtype=True, core=True),
     Case("four-levels", batch=(2, 2, 2), n=9, phi_q=(2, 1, 2, 1), phi_k=(1, 2, 1, 2)),
     Case("five-levels", batch=(2, 2, 2, 2), n=9, head_dim=8, phi_q=(2, 1, 2, 1, 2), phi_k=(1, 2, 1, 2, 1)),
 ]
@@ -111,9 +107,7 @@ MASKS = [
 OPTIONS = [
     Case("gqa", heads=4, kv_heads=2, batch=(1,), phi_q=(4,), phi_k=(1,)),
     Case("gqa-phi-k-per-head", heads=4, kv_heads=2, batch=(1,), phi_q=(4,), phi_k=(4,), core=True),
-    Case(
-        "gqa-multi-query", n=17, m=23, heads=3, kv_heads=1, phi_q=(2, 1), phi_k=(2, 1), options=BOTTOM_RIGHT
-    ),
+    Case("gqa-multi-query", n=17, m=23, heads=3, kv_heads=1, phi_q=(2, 1), phi_k=(2, 1), options=BOTTOM_RIGHT),
     Case("gqa-table", n=19, heads=4, kv_heads=2, batch=(1,), table=9),
     Case("strides-transposed", layout="transposed", core=True),
     Case("strides-sliced", layout="sliced", head_dim=13),

@@ -132,9 +132,7 @@ class Problem:
         if self.case.rank == 0 and self.case.table is None:
             return None
         table = leaves.get("table")
-        return fb.FactoredBias(
-            leaves["phi_q"], leaves["phi_k"], table, self.code_q, self.code_k, self.case.ranks
-        )
+        return fb.FactoredBias(leaves["phi_q"], leaves["phi_k"], table, self.code_q, self.code_k, self.case.ranks)
 
     def attend(self, impl: str, leaves: dict[str, Tensor], **options: Any) -> Any:
         """Run the library on the leaves."""

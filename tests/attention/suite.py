@@ -33,6 +33,7 @@ class AttentionSuite:
     supports_float64: ClassVar[bool] = False
     supports_double_backward: ClassVar[bool] = False
     supports_wide_heads: ClassVar[bool] = True
+    centres_factors: ClassVar[bool] = True
 
     @classmethod
     def grid(cls) -> list[tuple[Case, str]]:
@@ -127,7 +128,11 @@ class AttentionSuite:
         leaves = problem.leaves() | {"phi_k": far.requires_grad_()}
         results = differentiate(problem, leaves, problem.attend(self.impl, leaves), None, False)
         del results.tensors["dphi_q"]  # it is a sum over positions, and is not the same far out
-        assert_close_to_oracle(problem, results)
+        if self.centres_factors:
+            assert_close_to_oracle(problem, results)
+        else:  # the formula as it is written, in float32 at least: as good as its dense bias
+            written = explicit(problem, problem.tensors | {"phi_k": far.detach()}, torch.float32)[0]
+            torch.testing.assert_close(results["out"].float(), written, atol=1e-2, rtol=1e-2)
 
     def test_huge_biases_leave_one_key(self) -> None:
         """With biases of 1e4 apart a row is the value of one key, to the last bit."""
@@ -150,9 +155,7 @@ class AttentionSuite:
     )
     def test_only_some_need_a_gradient(self, wanted: tuple[str, ...]) -> None:
         """Frozen inputs get none; the others get the same as when all ask."""
-        problem = Case("some", n=13, m=15, phi_q=(2, 1), phi_k=(1, 2), table=9).build(
-            torch.float32, self.device
-        )
+        problem = Case("some", n=13, m=15, phi_q=(2, 1), phi_k=(1, 2), table=9).build(torch.float32, self.device)
         everything, some = problem.leaves(), problem.leaves(wanted)
         results = differentiate(problem, everything, problem.attend(self.impl, everything), None, False)
         found = differentiate(problem, some, problem.attend(self.impl, some), None, False)
@@ -233,9 +236,7 @@ class AttentionSuite:
             leaves = problem.leaves()
             out = problem.attend(self.impl, leaves)
             assert out.dtype == torch.float64
-            torch.testing.assert_close(
-                out, explicit(problem, leaves, torch.float64)[0], atol=1e-13, rtol=1e-13
-            )
+            torch.testing.assert_close(out, explicit(problem, leaves, torch.float64)[0], atol=1e-13, rtol=1e-13)
         if self.supports_wide_heads:
             problem = replace(plain, head_dim=300).build(torch.float32, self.device)
             assert problem.attend(self.impl, problem.leaves()).isfinite().all()
@@ -283,16 +284,12 @@ class AttentionSuite:
     def test_no_dropout_is_no_dropout(self) -> None:
         problem = Case("dropout", n=21).build(torch.float32, self.device)
         leaves = problem.leaves()
-        assert torch.equal(
-            problem.attend(self.impl, leaves, dropout_p=0.0), problem.attend(self.impl, leaves)
-        )
+        assert torch.equal(problem.attend(self.impl, leaves, dropout_p=0.0), problem.attend(self.impl, leaves))
 
     # ---------------------------------------------------------------- packed batches
 
     @pytest.mark.parametrize("varlen", VARLEN, ids=lambda case: case.name)
-    def test_varlen_is_attention_of_each_sequence(
-        self, varlen: VarlenCase, dtype_of_choice: torch.dtype
-    ) -> None:
+    def test_varlen_is_attention_of_each_sequence(self, varlen: VarlenCase, dtype_of_choice: torch.dtype) -> None:
         with_lse = self.supports_lse and varlen.with_lse
         packed = varlen.build(dtype_of_choice, self.device, self.stretch)
         leaves = packed.leaves()

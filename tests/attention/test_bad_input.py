@@ -228,9 +228,7 @@ BAD_BIASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"code_k.*integer.*torch\.float32",
     ),
     "codes-device": (
-        lambda: fb.FactoredBias(
-            phi(1, 5, 3), phi(1, 7, 3), phi(1, 9), torch.arange(5, device="meta"), torch.arange(7)
-        ),
+        lambda: fb.FactoredBias(phi(1, 5, 3), phi(1, 7, 3), phi(1, 9), torch.arange(5, device="meta"), torch.arange(7)),
         ValueError,
         r"code_q is on meta",
     ),

@@ -9,6 +9,8 @@ import torch
 from tests.conftest import INTERPRETED
 
 import flashbias as fb
+from flashbias.attention import reference
+from flashbias.attention.call import Call
 
 KERNELS_RUN_HERE = INTERPRETED or torch.cuda.is_available()
 
@@ -84,26 +86,21 @@ def test_choice_is_logged_at_debug(caplog: pytest.LogCaptureFixture) -> None:
     assert "sdpa" in record.getMessage()
 
 
-def test_deterministic_follows_torch() -> None:
+def test_deterministic_follows_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = tensors()
-    calls = {}
-    from flashbias.attention import api, reference
-
+    seen: list[bool] = []
     original = reference.run
 
-    def spy(call):
-        calls["deterministic"] = call.deterministic
+    def spy(call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
+        seen.append(call.deterministic)
         return original(call)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api._module("reference"), "run", spy)
+    monkeypatch.setattr(reference, "run", spy)
+    fb.attention(q, k, v, impl="reference")
+    torch.use_deterministic_algorithms(True)
+    try:
         fb.attention(q, k, v, impl="reference")
-        assert calls["deterministic"] is False
-        torch.use_deterministic_algorithms(True)
-        try:
-            fb.attention(q, k, v, impl="reference")
-            assert calls["deterministic"] is True
-            fb.attention(q, k, v, impl="reference", deterministic=False)
-            assert calls["deterministic"] is False
-        finally:
-            torch.use_deterministic_algorithms(False)
+        fb.attention(q, k, v, impl="reference", deterministic=False)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seen == [False, True, False]

@@ -25,9 +25,7 @@ def formula(
 @pytest.mark.parametrize("impl", ["reference", "sdpa", "auto"])
 @pytest.mark.parametrize("rank", [1, 2, 5])
 @pytest.mark.parametrize("lead", [((4,), (4,)), ((1,), (4,)), ((2, 1), (1, 1)), ((2, 4), (2, 1))], ids=str)
-def test_equals_the_formula_with_gradients(
-    impl: str, rank: int, lead: tuple[tuple[int, ...], tuple[int, ...]]
-) -> None:
+def test_equals_the_formula_with_gradients(impl: str, rank: int, lead: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
     torch.manual_seed(0)
     shapes = [(2, 4, 9, 8), (2, 4, 11, 8), (2, 4, 11, 6), (*lead[0], 9, rank), (*lead[1], 11, rank)]
     leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
@@ -36,9 +34,7 @@ def test_equals_the_formula_with_gradients(
     wanted = formula(q, k, v, phi_q @ phi_k.mT, 0.7)
     torch.testing.assert_close(out, wanted, atol=1e-12, rtol=1e-12)
     dout = torch.randn_like(out)
-    for a, b in zip(
-        torch.autograd.grad(out, leaves, dout), torch.autograd.grad(wanted, leaves, dout), strict=True
-    ):
+    for a, b in zip(torch.autograd.grad(out, leaves, dout), torch.autograd.grad(wanted, leaves, dout), strict=True):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
 
 

@@ -18,8 +18,14 @@ from torch import Tensor
 import flashbias as fb
 from flashbias.attention import packing
 
-HALF_ULP = 2.0**-9
+UNIT_ROUNDOFF = 2.0**-8
 """Largest relative error of rounding to bfloat16 (8 significant bits, to nearest)."""
+
+
+def half_ulp(x: Tensor) -> Tensor:
+    """Largest error of rounding a number of the binade of x to bfloat16; 0 for 0."""
+    return torch.where(x == 0, 0.0, torch.exp2(torch.frexp(x).exponent - 9.0).double())
+
 
 SLOPES = [2.0**-0.5, 0.7071067690849304, 2.0 ** (-8 / 16 * 15), 1.0, 0.1]
 """ALiBi slopes of heads, powers of two and not, as float32 holds them."""
@@ -55,8 +61,8 @@ def test_each_part_is_the_rounding_of_what_is_left(values: list[float]) -> None:
     x = torch.tensor(values)
     first, second, third = packing.split(x, 3)
     assert torch.equal(first, x.bfloat16())
-    assert (second.double().abs() <= HALF_ULP * x.double().abs()).all()
-    assert (third.double().abs() <= HALF_ULP**2 * x.double().abs()).all()
+    assert (second.double().abs() <= UNIT_ROUNDOFF * x.double().abs()).all()
+    assert (third.double().abs() <= UNIT_ROUNDOFF**2 * x.double().abs()).all()
 
 
 def test_split_has_the_gradient_of_the_identity() -> None:
@@ -116,10 +122,8 @@ def test_is_power_of_two(x: float, expected: bool) -> None:
     st.sampled_from([1.0, 0.125, 0.3, 1 / 24**0.5]),
     st.integers(0, 10**6),
 )
-def test_packed_product_is_the_bias_up_to_a_row_constant(
-    rank: int, n: int, m: int, scale: float, seed: int
-) -> None:
-    """Against Fractions, within the accuracy that `pack` states; the row constant is the middle key's."""
+def test_packed_product_is_the_bias_up_to_a_row_constant(rank: int, n: int, m: int, scale: float, seed: int) -> None:
+    """Against Fractions, within the accuracy that `pack` states; the row constant is that of the centre."""
     generator = torch.Generator().manual_seed(seed)
     phi_q, phi_k = torch.randn(n, rank, generator=generator), torch.randn(m, rank, generator=generator)
     a, b = packing.pack(phi_q, phi_k, scale, torch.bfloat16)
@@ -129,23 +133,26 @@ def test_packed_product_is_the_bias_up_to_a_row_constant(
     found, bias = exact_products(a, b), exact_products(phi_q, phi_k)
     # Three products leave 2^-16; six are at float32's accuracy: centring and scale cost a rounding each.
     accuracy = 3 * 2.0**-24 if terms == 6 else 2.0**-16
+    centre = packing.centre_of(phi_k, torch.zeros(1, dtype=torch.int64), m)
+    constant = exact_products(phi_q, centre)
     for i in range(n):
         for j in range(m):
-            wanted = bias[i][j] - bias[i][m // 2]
-            size = float(phi_q[i].abs() @ (phi_k[j].abs() + phi_k[m // 2].abs()))
+            wanted = bias[i][j] - constant[i][0]
+            size = float(phi_q[i].abs() @ (phi_k[j].abs() + centre[0].abs()))
             assert abs(float(found[i][j] * Fraction(scale) - wanted)) <= accuracy * size
 
 
-def test_order_of_columns_lets_a_head_use_a_prefix() -> None:
-    phi_q, phi_k = torch.randn(3, 7), torch.randn(4, 7)
-    terms = len(packing.products(7, torch.bfloat16))
-    whole = packing.pack(phi_q, phi_k, 0.5, torch.bfloat16)
-    cut_q, cut_k = phi_q.clone(), phi_k.clone()
-    cut_q[:, 3:], cut_k[:, 3:] = 0, 0
-    cut = packing.pack(cut_q, cut_k, 0.5, torch.bfloat16)
-    for a, b in zip(whole, cut, strict=True):
-        assert torch.equal(a[:, : 3 * terms], b[:, : 3 * terms])
-        assert (b[:, 3 * terms :] == 0).all()
+def test_leading_parts_come_first() -> None:
+    """`column = t * rank + r`: gradients, which need the leading parts alone, read a prefix."""
+    rank, scale = 7, 0.5
+    phi_q, phi_k = torch.randn(3, rank), torch.randn(4, rank)
+    packed_q, packed_k = packing.pack(phi_q, phi_k, scale, torch.bfloat16)
+    centre = packing.centre_of(phi_k, torch.zeros(1, dtype=torch.int64), 4)
+    parts_q, parts_k = packing.split(phi_q / scale, 3), packing.split(phi_k - centre, 3)
+    for t, (a, b) in enumerate(packing.products(rank, torch.bfloat16)):
+        assert torch.equal(packed_q[:, t * rank : (t + 1) * rank], parts_q[a])
+        assert torch.equal(packed_k[:, t * rank : (t + 1) * rank], parts_k[b])
+    assert packing.products(rank, torch.bfloat16)[0] == (0, 0)
 
 
 def test_pack_is_differentiable_as_the_product_is() -> None:
@@ -163,10 +170,11 @@ def test_pack_is_differentiable_as_the_product_is() -> None:
 @pytest.mark.parametrize(("n", "m"), [(5, 7), (300, 300), (1, 300), (300, 10)])
 def test_row_constant_is_what_centring_took(n: int, m: int, tiled: bool) -> None:
     bias = fb.FactoredBias(torch.randn(2, n, 3), torch.randn(2, m, 3))
-    rows = packing.reference_rows(n, m, bias.device, tiled=tiled)
-    assert ((rows >= 0) & (rows < m)).all()
+    starts, length = packing.reference_starts(n, m, bias.device, tiled=tiled)
     constant = packing.row_constant(bias, tiled=tiled)
-    wanted = bias.dense(torch.float64).gather(-1, rows[None, :, None].expand(2, n, 1))[..., 0]
+    rows = torch.stack([(starts + offset).clamp(0, m - 1) for offset in packing.centre_offsets(length)])
+    median = bias.phi_k.double()[:, rows].median(dim=1).values
+    wanted = (bias.phi_q.double() * median).sum(-1)
     torch.testing.assert_close(constant.double(), wanted, atol=1e-5, rtol=1e-5)
 
 
@@ -177,6 +185,17 @@ def test_row_constant_skips_padding_columns() -> None:
 
 
 # -------------------------------------------------------------------- never worse than a dense bias
+
+
+def tile_centres(phi_k: Tensor, query: int) -> tuple[Tensor, Tensor]:
+    """Centre of each key's tile, `[M, R]`, and the one that a query's scores are measured from, `[1, R]`."""
+    seqlen = phi_k.shape[0]
+    tiles = torch.arange(seqlen) // packing.CENTRE_TILE * packing.CENTRE_TILE
+    starts, length = packing.reference_starts(seqlen, seqlen, phi_k.device, tiled=True)
+    return (
+        packing.centre_of(phi_k, tiles, packing.CENTRE_TILE),
+        packing.centre_of(phi_k, starts[query : query + 1], length),
+    )
 
 
 def realised_alibi(slope: float, seqlen: int, query: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -190,11 +209,9 @@ def realised_alibi(slope: float, seqlen: int, query: int, dtype: torch.dtype = t
     if not packing.is_tile_centred(seqlen, torch.bfloat16):
         a, b = packing.pack(phi_q, position, 1.0, dtype)
         return (b.double() @ a.double().mT)[:, 0]
-    tile = torch.arange(seqlen) // packing.CENTRE_TILE * packing.CENTRE_TILE + packing.CENTRE_TILE // 2
-    centre = tile.clamp(max=seqlen - 1)
-    a, b = packing.pack(phi_q, position, 1.0, dtype, position[centre])
-    reference = packing.reference_rows(seqlen, seqlen, torch.device("cpu"), tiled=True)[query]
-    offset = phi_q.double() * (position[centre] - position[reference]).double()
+    centre, reference = tile_centres(position, query)
+    a, b = packing.pack(phi_q, position, 1.0, dtype, centre)
+    offset = phi_q.double() * (centre - reference).double()
     return (b.double() @ a.double().mT + offset)[:, 0]
 
 
@@ -206,7 +223,7 @@ def worst_excess(realised: Tensor, slope: float, query: int) -> float:
     distance = torch.arange(realised.shape[0], dtype=torch.float64) - query
     bias = torch.tensor(slope).double() * distance
     error = (realised - realised[query] - bias).abs()
-    return (error - HALF_ULP * bias.abs()).max().item()
+    return (error - half_ulp(bias)).max().item()
 
 
 QUERIES = {
@@ -260,13 +277,10 @@ def test_float32_accumulation_keeps_the_promise(slope: float, seqlen: int) -> No
     """
     slope, query = torch.tensor(slope).item(), seqlen - 1
     position = torch.arange(float(seqlen))[:, None]
-    centre, offset = position[seqlen // 2][None], torch.zeros(1)
+    centre, offset = None, torch.zeros(1)
     if packing.is_tile_centred(seqlen, torch.bfloat16):
-        tile = (
-            torch.arange(seqlen) // packing.CENTRE_TILE * packing.CENTRE_TILE + packing.CENTRE_TILE // 2
-        ).clamp(max=seqlen - 1)
-        reference = packing.reference_rows(seqlen, seqlen, torch.device("cpu"), tiled=True)[query]
-        centre, offset = position[tile], torch.tensor(slope) * (position[tile] - position[reference])[:, 0]
+        centre, reference = tile_centres(position, query)
+        offset = torch.tensor(slope) * (centre - reference)[:, 0]
     a, b = packing.pack(torch.tensor([[slope]]), position, 1.0, torch.bfloat16, centre)
     dot = torch.randn(seqlen, generator=torch.Generator().manual_seed(0))
     total = torch.zeros(seqlen)
@@ -278,7 +292,7 @@ def test_float32_accumulation_keeps_the_promise(slope: float, seqlen: int) -> No
     bias = torch.tensor(slope).double() * distance
     error = (realised - realised[query] - bias).abs()
     dot_rounding = 4 * 2.0**-24 * dot.abs().max().item()
-    assert (error <= HALF_ULP * bias.abs() + dot_rounding).all()
+    assert (error <= half_ulp(bias) + dot_rounding).all()
 
 
 @pytest.mark.parametrize("origin", [0, 1000])
@@ -295,7 +309,7 @@ def test_squared_distances_far_from_the_origin(origin: int) -> None:
     bias = -(difference**2).sum(-1)
     error = a.double() @ b.double().mT - bias  # 16-bit products, exact in float64
     error = error - error.gather(1, torch.arange(60)[:, None])
-    dense = HALF_ULP * bias.abs().amax(1, keepdim=True)
+    dense = half_ulp(bias).amax(1, keepdim=True)
     assert (error.abs() <= dense).all()
     naive = phi_q.bfloat16().double() @ phi_k.bfloat16().double().mT - bias
     if origin:
@@ -314,7 +328,7 @@ def test_one_outlying_key_does_not_spoil_the_others(outlier: str) -> None:
     error = (b.double() @ a.double().mT - bias)[:, 0]
     calm = torch.arange(m) != where
     spread = error[calm].max() - error[calm].min()
-    assert spread <= 2 * HALF_ULP * bias[calm].abs().max()
+    assert spread <= 2 * half_ulp(bias[calm]).max()
 
 
 def test_hypothesis_draws_reach_the_limits() -> None:

@@ -9,3 +9,4 @@ class TestReference(AttentionSuite):
     impl = "reference"
     supports_float64 = True
     supports_double_backward = True
+    centres_factors = False

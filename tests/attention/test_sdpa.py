@@ -68,23 +68,15 @@ def test_a_table_takes_the_flash_kernel_forward() -> None:
 def peak_bytes(prof: profile) -> int:
     """Most memory held at once by what was allocated during a profile."""
     events = (e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]")  # type: ignore[union-attr]
-    return max(
-        itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), default=0
-    )
+    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), default=0)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"is_causal": True}, {"window": (64, 64)}], ids=["full", "causal", "window"]
-)
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"window": (64, 64)}], ids=["full", "causal", "window"])
 @pytest.mark.parametrize("with_table", [False, True], ids=["factors", "table"])
-def test_memory_is_linear(
-    options: dict[str, object], with_table: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_is_linear(options: dict[str, object], with_table: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing near the size of the N×M matrix, forward or backward, tables and windows included."""
     n = 4096 if with_table else 8192
-    monkeypatch.setattr(
-        sdpa, "BLOCK_ENTRIES", 64 * n
-    )  # the part of a table or mask that may be there at once
+    monkeypatch.setattr(sdpa, "BLOCK_ENTRIES", 64 * n)  # the part of a table or mask that may be there at once
     query, key, value = (torch.randn(1, 1, n, 8, requires_grad=True) for _ in range(3))
     table = torch.randn(1, 65, requires_grad=True) if with_table else None
     bias = fb.FactoredBias(torch.randn(1, n, 2, requires_grad=True), torch.randn(1, n, 2), table)

@@ -36,9 +36,7 @@ def results(function: Any, leaves: list[Tensor]) -> list[Tensor]:
 
 BACKENDS = [
     "aot_eager",
-    pytest.param(
-        "inductor", marks=pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++")
-    ),
+    pytest.param("inductor", marks=pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++")),
 ]
 
 
@@ -79,9 +77,7 @@ def test_a_bias_passes_through_compile_as_an_argument() -> None:
 
 @pytest.mark.parametrize("impl", ["auto", "sdpa", "reference"])
 def test_every_option_compiles(impl: str) -> None:
-    def model(
-        q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor, table: Tensor, mask: Tensor
-    ) -> Tensor:
+    def model(q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor, table: Tensor, mask: Tensor) -> Tensor:
         bias = fb.FactoredBias(phi_q, phi_k, table) + fb.FactoredBias(phi_q, phi_k)
         return fb.attention(q, k, v, bias, attn_mask=mask, window=(5, 2), scale=0.3, impl=impl)  # type: ignore[return-value]
 
@@ -166,9 +162,7 @@ def test_checkpointing_of_a_layer_that_takes_a_bias() -> None:
 
     q, _, _, phi_q, phi_k = inputs(requires_grad=True)
     bias = fb.FactoredBias(phi_q, phi_k)
-    found = torch.autograd.grad(
-        checkpoint(layer, q, bias, use_reentrant=False).sin().sum(), (q, phi_q, phi_k)
-    )  # type: ignore[union-attr]
+    found = torch.autograd.grad(checkpoint(layer, q, bias, use_reentrant=False).sin().sum(), (q, phi_q, phi_k))  # type: ignore[union-attr]
     wanted = torch.autograd.grad(layer(q, bias).sin().sum(), (q, phi_q, phi_k))
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 

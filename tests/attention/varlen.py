@@ -30,9 +30,7 @@ class VarlenCase:
     options: dict[str, Any] = field(default_factory=dict)
 
     def build(self, dtype: torch.dtype, device: str = "cpu", stretch: int = 1) -> Packed:
-        lengths_q, lengths_k = (
-            tuple(stretch * n for n in lengths) for lengths in (self.lengths_q, self.lengths_k)
-        )
+        lengths_q, lengths_k = (tuple(stretch * n for n in lengths) for lengths in (self.lengths_q, self.lengths_k))
         case = Case(
             self.name, batch=(), heads=self.heads, kv_heads=self.kv_heads, n=sum(lengths_q), m=sum(lengths_k),
             rank=self.rank, phi_q=(1,), phi_k=(self.phi_k_heads,), table=self.table,
@@ -135,9 +133,7 @@ class Packed:
 VARLEN = [
     VarlenCase("jagged", (17, 5, 33, 1), (17, 5, 33, 1), with_lse=True),
     VarlenCase("jagged-causal", (17, 5, 33, 1), (17, 5, 33, 1), options={"is_causal": True}),
-    VarlenCase(
-        "lengths-differ", (17, 5), (9, 30), options={"is_causal": True, "causal_alignment": "bottom_right"}
-    ),
+    VarlenCase("lengths-differ", (17, 5), (9, 30), options={"is_causal": True, "causal_alignment": "bottom_right"}),
     VarlenCase("zero-length", (0, 7, 5, 0, 3, 0), (4, 7, 0, 0, 9, 0), with_lse=True),
     VarlenCase("window", (33, 20), (33, 20), options={"window": (5, 3)}),
     VarlenCase("gqa", (17, 9), (13, 11), heads=4, kv_heads=2, phi_k_heads=1),

@@ -99,9 +99,7 @@ def test_seed_decides_the_values():
 
 
 def test_cases_draw_different_values():
-    a, b = (
-        CASES[name].small().inputs(torch.float32, "cpu").query for name in ("alibi-128-4k", "alibi-128-16k")
-    )
+    a, b = (CASES[name].small().inputs(torch.float32, "cpu").query for name in ("alibi-128-4k", "alibi-128-16k"))
     assert not torch.equal(a.flatten()[:32], b.flatten()[:32])
 
 

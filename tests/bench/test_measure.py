@@ -16,10 +16,7 @@ def test_times_what_it_is_given():
 
 def test_budget_and_minimum_decide_the_repetitions():
     calls = []
-    assert (
-        measure(lambda: calls.append(time.sleep(0.002)), CPU, budget_s=1e-9, min_repetitions=7).repetitions
-        == 7
-    )
+    assert measure(lambda: calls.append(time.sleep(0.002)), CPU, budget_s=1e-9, min_repetitions=7).repetitions == 7
     assert len(calls) == 8  # and one to estimate
     assert measure(lambda: time.sleep(0.001), CPU, budget_s=0.5, min_repetitions=1).repetitions > 7
 

@@ -198,9 +198,7 @@ def test_flash_attention_4_wrapper(fake_peers, family, case):
 
 
 @pytest.mark.parametrize("family", ["dense", "dense+grad"])
-@pytest.mark.parametrize(
-    "case", [*(case for case in SMALL if not case.is_causal), SQUARE], ids=lambda case: case.name
-)
+@pytest.mark.parametrize("case", [*(case for case in SMALL if not case.is_causal), SQUARE], ids=lambda case: case.name)
 def test_cuequivariance_wrapper(fake_peers, family, case):
     assert error_of(f"{family}/cuequivariance", case, torch.float32, True) < 1e-5
 
@@ -239,9 +237,7 @@ def test_flex_score_functions(eager_flex, name, case):
 def test_flex_attention_compiles_the_whole_call(monkeypatch):
     """One graph, captured matrix and all; traced for the CPU, where no kernel is built for it."""
     compile_ = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda function, **options: compile_(function, backend="eager", **options)
-    )
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend="eager", **options))
     case = CASES["swin-49"].small()
     assert error_of("dense/flex", case, torch.float32, False) < 1e-5
 

@@ -22,9 +22,7 @@ ROWS = [
     ok("full-64", "fwd", "dense/sdpa-cudnn", 1.5),
     Row("full-64", "fwd", "dense/sdpa-efficient", "bfloat16", status="oom"),
     ok("mesh-32k", "fwd", "ours/triton", 3.0),
-    Row(
-        "mesh-32k", "fwd", "dense/flex", "bfloat16", status="unsupported: index overflow beyond 2^31 elements"
-    ),
+    Row("mesh-32k", "fwd", "dense/flex", "bfloat16", status="unsupported: index overflow beyond 2^31 elements"),
     Row("mesh-32k", "fwd", "concat/fa4", "bfloat16", max_rel_error="5e-1", status="wrong"),
     ok("full-64", "fwdbwd", "ours/triton", 2.0),
     ok("full-64", "fwdbwd", "dense+grad/flex", 12.0),
@@ -38,9 +36,7 @@ def run_csv(tmp_path):
     path.parent.mkdir()
     write_rows(path, ROWS)
     facts = {"device": "NVIDIA H200", "started": "2026-01-02T03:04:05+00:00", "commit": "0123456789abcdef"}
-    path.with_suffix(".json").write_text(
-        json.dumps({**facts, "packages": {"torch": "2.11.0", "trifast": None}})
-    )
+    path.with_suffix(".json").write_text(json.dumps({**facts, "packages": {"torch": "2.11.0", "trifast": None}}))
     return path
 
 

@@ -48,9 +48,7 @@ def failing(name, error):
 
 
 def test_csv_has_the_columns_and_numbers(tmp_path):
-    path = run(
-        tmp_path, ["ours/sdpa", "dense/sdpa"], passes=["fwd", "fwdbwd"], dtypes=["float32", "bfloat16"]
-    )
+    path = run(tmp_path, ["ours/sdpa", "dense/sdpa"], passes=["fwd", "fwdbwd"], dtypes=["float32", "bfloat16"])
     assert path == tmp_path / "bench.csv"
     with path.open(newline="") as file:
         lines = list(csv.DictReader(file))
@@ -300,9 +298,7 @@ def crashing(tmp_path, monkeypatch):
 
 
 def test_a_crash_costs_one_row(tmp_path, crashing):
-    path = run(
-        tmp_path / "out", [Provider("mine/crash", crashing), "ours/sdpa", "ours/reference"], isolate=True
-    )
+    path = run(tmp_path / "out", [Provider("mine/crash", crashing), "ours/sdpa", "ours/reference"], isolate=True)
     assert statuses(path) == {
         "mine/crash": f"error: process died (signal {int(signal.SIGKILL)})",
         "ours/sdpa": "ok",

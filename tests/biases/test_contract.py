@@ -33,9 +33,7 @@ def has_gradients(family: str, name: str) -> bool:
 
 
 each_example = pytest.mark.parametrize(("family", "name"), examples())
-each_differentiable = pytest.mark.parametrize(
-    ("family", "name"), [pair for pair in examples() if has_gradients(*pair)]
-)
+each_differentiable = pytest.mark.parametrize(("family", "name"), [pair for pair in examples() if has_gradients(*pair)])
 
 
 def lookup(bias: fb.FactoredBias) -> torch.Tensor | float:

@@ -46,9 +46,7 @@ def test_weights():
     x = torch.randn(4, dtype=torch.float64)
     plain = CosineDifference(2)(x).dense()
     per_head = torch.tensor([2.0, -3.0], dtype=torch.float64)
-    torch.testing.assert_close(
-        CosineDifference(2)(x, weight=per_head).dense(), per_head[:, None, None] * plain
-    )
+    torch.testing.assert_close(CosineDifference(2)(x, weight=per_head).dense(), per_head[:, None, None] * plain)
     learned = CosineDifference(2, learned_weight=True)
     torch.testing.assert_close(learned(x, weight=2.0).dense(), (2.0 * plain).expand(2, -1, -1))
 

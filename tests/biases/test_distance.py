@@ -97,9 +97,7 @@ def test_learned_weight_multiplies_a_given_one():
     torch.testing.assert_close(module(x, weight=weight).dense(), SquaredDistance(2)(x, weight=weight).dense())
 
 
-@pytest.mark.parametrize(
-    "weight", [2.0, torch.tensor(2.0), torch.full((3,), 2.0), torch.full((1, 5), 2.0)], ids=str
-)
+@pytest.mark.parametrize("weight", [2.0, torch.tensor(2.0), torch.full((3,), 2.0), torch.full((1, 5), 2.0)], ids=str)
 def test_weights_of_every_shape(weight: torch.Tensor | float):
     x = torch.randn(5, 3)
     found = SquaredDistance(3)(x, weight=weight).dense(torch.float64)

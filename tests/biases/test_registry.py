@@ -52,9 +52,7 @@ def test_is_a_copy():
     assert biases.registry()
 
 
-def test_a_new_file_is_found_by_itself(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restored_registry: None
-):
+def test_a_new_file_is_found_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restored_registry: None):
     (tmp_path / "toy.py").write_text(TOY)
     monkeypatch.setattr(biases, "__path__", [*biases.__path__, str(tmp_path)])
     try:

@@ -35,9 +35,7 @@ def test_equals_beit_with_its_class_token(size: int, num_heads: int):
     from transformers import BeitConfig
     from transformers.models.beit.modeling_beit import BeitRelativePositionBias
 
-    config = BeitConfig(
-        hidden_size=4 * num_heads, num_attention_heads=num_heads, image_size=2 * size, patch_size=2
-    )
+    config = BeitConfig(hidden_size=4 * num_heads, num_attention_heads=num_heads, image_size=2 * size, patch_size=2)
     theirs = BeitRelativePositionBias(config)
     torch.nn.init.normal_(theirs.relative_position_bias_table)
     ours = filled(WindowBias(num_heads, (size, size), True), theirs.relative_position_bias_table)

@@ -15,9 +15,7 @@ def test_list_names_every_case_and_provider(capsys: pytest.CaptureFixture[str]) 
     assert set(provider_names()) <= set(words)
 
 
-def test_a_small_run_writes_a_csv_that_can_be_shown_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_small_run_writes_a_csv_that_can_be_shown_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chosen = [
         "--small",
         "--case",

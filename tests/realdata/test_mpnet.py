@@ -76,8 +76,7 @@ def run(mpnet_folder: Path) -> Run:
         return x.unflatten(-1, (NUM_HEADS, -1)).transpose(1, 2)
 
     layers = [
-        Layer(*(heads(r[name]) for name in ("q", "k", "v")), r["position_bias"], heads(r["out"]))
-        for r in records
+        Layer(*(heads(r[name]) for name in ("q", "k", "v")), r["position_bias"], heads(r["out"])) for r in records
     ]
     return Run(model.encoder.relative_attention_bias.weight.detach(), layers)
 

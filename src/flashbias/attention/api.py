@@ -359,7 +359,7 @@ def _checked(
         )
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[-1])
-    if not (isinstance(scale, (int, float)) and math.isfinite(scale) and scale > 0):
+    if not (isinstance(scale, (int, float, torch.SymFloat)) and 0 < scale < math.inf):
         raise ValueError(f"scale must be a positive finite number, got {scale!r}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
@@ -375,7 +375,7 @@ def _checked(
         window_left=left,
         window_right=right,
         bottom_right=causal_alignment == "bottom_right",
-        scale=float(scale),
+        scale=scale,
         dropout_p=float(dropout_p),
         deterministic=deterministic,
         return_lse=return_lse,

@@ -3,12 +3,13 @@
 What a kernel adds to its scores is `packed_q @ packed_k.T`, where the packed operands are made so that the
 sum is the bias up to a constant in each row, which softmax cancels:
 
-- **Centring.** `phi_k - c` in place of `phi_k`, with c the row of one key. It changes row i by the constant
-  `phi_q[i] @ c`, so no probability changes, and it removes most of the cancellation between large products.
-  Beyond `TILE_CENTRE_FROM` keys, and beside float32 queries, float32 sums of such products would still be too
-  coarse (an ALiBi column reaches 2^20): then c is taken per tile of `CENTRE_TILE` keys, and kernels add `phi_q[i] @
-  (c - c_ref(i))`,
-  with c_ref the key opposite to the query, so that what is near the diagonal is summed near zero.
+- **Centring.** `phi_k - c` in place of `phi_k`. It changes row i by the constant `phi_q[i] @ c`, so no probability
+  changes, and it removes most of the cancellation between large products. c is the median of three keys, entry by
+  entry, so that no single outlying key spoils the others. Packed batches are not centred, so that no sequence sees
+  another. Beyond `TILE_CENTRE_FROM` keys, and beside float32 queries, float32 sums of such products would still be
+  too coarse (an ALiBi column reaches 2^20): then c is taken per tile of `CENTRE_TILE` keys, and kernels add
+  `phi_q[i] @ (c - c_ref(i))`, with c_ref that of the keys opposite to the query, so that what is near the diagonal
+  is summed near zero.
 - **Splitting.** In half precision x = x0 + x1 + x2 with each part rounded to bfloat16 (8 bits each, 24 in all).
   Kept are the products whose size reaches the accuracy wanted; each is one column of the operands, and
   columns up to the next multiple of 16 cost nothing, since the matrix unit works through 16 at a time.
@@ -29,13 +30,16 @@ from flashbias.factored import FactoredBias
 
 __all__ = [
     "CENTRE_TILE",
+    "centre_of",
+    "centre_offsets",
     "is_packed",
     "is_power_of_two",
     "is_tile_centred",
     "pack",
     "products",
-    "reference_rows",
+    "reference_starts",
     "row_constant",
+    "row_sums",
     "split",
 ]
 
@@ -44,8 +48,8 @@ HALF = (torch.float16, torch.bfloat16)
 CENTRE_TILE = 128
 """Keys that share one centre when centring goes by tile."""
 
-TILE_CENTRE_FROM = 65_536
-"""Number of keys beyond which centring goes by tile: half of it times 2^-24 is 2^-9, bfloat16's rounding."""
+TILE_CENTRE_FROM = 32_768
+"""Number of keys beyond which centring goes by tile: half of it times 2^-24 is 2^-10, half bfloat16's rounding."""
 
 # (part of phi_q, part of phi_k) of every column. A part is 2^-8 of the one before it (2^-9 after rounding),
 # so three products leave 3 * 2^-18, six leave about 2^-25 of |phi_q||phi_k|.
@@ -117,16 +121,36 @@ def is_tile_centred(seqlen_k: int, dtype: torch.dtype) -> bool:
     return seqlen_k > (TILE_CENTRE_FROM if dtype in HALF else CENTRE_TILE)
 
 
-def reference_rows(seqlen_q: int, seqlen_k: int, device: torch.device, *, tiled: bool) -> Tensor:
-    """The key against which the scores of each query are measured, int64 `[N]`.
+def centre_offsets(length: int) -> tuple[int, int, int]:
+    """Which three of `length` keys the centre is the median of: one at each quarter, and the middle."""
+    return length // 4, length // 2, length - 1 - length // 4
 
-    Tile by tile it is the key opposite to the query (ends aligned, as in decoding); otherwise the one centre.
+
+def centre_of(phi_k: Tensor, starts: Tensor, length: int) -> Tensor:
+    """Centre of the `length` keys from each start: the median of three rows, entry by entry.
+
+    Args:
+        phi_k: `[..., M, R]`.
+        starts: int64 `[S]`; rows past the end are the last one.
+        length: keys that share a centre.
+
+    Returns:
+        `[..., S, R]` in at least float32, without a gradient.
     """
-    if not tiled:
-        return torch.full((seqlen_q,), seqlen_k // 2, device=device)
+    wide = phi_k.detach().to(torch.promote_types(phi_k.dtype, torch.float32))
+    a, b, c = (wide[..., (starts + n).clamp(0, phi_k.shape[-2] - 1), :] for n in centre_offsets(length))
+    return torch.maximum(torch.minimum(a, b), torch.minimum(torch.maximum(a, b), c))
+
+
+def reference_starts(seqlen_q: int, seqlen_k: int, device: torch.device, *, tiled: bool) -> tuple[Tensor, int]:
+    """From where on the keys lie whose centre the scores of each query are measured from, and how many they are.
+
+    Tile by tile they are those opposite to the query (ends aligned, as in decoding); otherwise all.
+    """
     i = torch.arange(seqlen_q, device=device)
-    opposite = i // CENTRE_TILE * CENTRE_TILE + CENTRE_TILE // 2 + seqlen_k - seqlen_q
-    return opposite.clamp(0, seqlen_k - 1)
+    if not tiled:
+        return torch.zeros_like(i), seqlen_k
+    return i // CENTRE_TILE * CENTRE_TILE + seqlen_k - seqlen_q, CENTRE_TILE
 
 
 def row_constant(bias: FactoredBias, *, tiled: bool) -> Tensor:
@@ -142,12 +166,17 @@ def row_constant(bias: FactoredBias, *, tiled: bool) -> Tensor:
         `[*batch, H or 1, N]` in float32 (float64 for float64 factors), differentiable in phi_q.
     """
     dtype = torch.promote_types(bias.phi_q.dtype, torch.float32)
-    rows = reference_rows(bias.seqlen_q, bias.seqlen_k, bias.device, tiled=tiled)
-    centre = bias.phi_k.detach()[..., rows, :].to(dtype)
+    starts, length = reference_starts(bias.seqlen_q, bias.seqlen_k, bias.device, tiled=tiled)
+    centre = centre_of(bias.phi_k, starts, length).to(dtype)
     phi_q = bias.phi_q.to(dtype)
     if bias.ranks is not None:
         phi_q = phi_q * bias.rank_mask().to(dtype)[:, None, :]
     return (phi_q * centre).sum(-1)
+
+
+def row_sums(phi_q: Tensor, rows: Tensor) -> Tensor:
+    """`sum_r phi_q[i, r] * rows[i, r]` in float64, without a gradient: a constant of each row."""
+    return (phi_q.detach().double() * rows.detach().double()).sum(-1)
 
 
 def pack(
@@ -167,7 +196,7 @@ def pack(
         phi_k: `[..., M, R]`.
         scale: the factor of `q @ k.T`; positive.
         dtype: bfloat16, float32 or float64 (float16 has not the range for parts).
-        centre: `[..., 1 or M, R]`, what to subtract from phi_k; default the row of the middle key.
+        centre: `[..., 1 or M, R]`, what to subtract from phi_k; default `centre_of` all keys.
 
     Returns:
         `[..., N, R * terms]` and `[..., M, R * terms]`, differentiable.
@@ -185,7 +214,7 @@ def pack(
         raise ValueError("dtype torch.float16 cannot hold the parts of a factor; pack for torch.bfloat16")
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     if centre is None:
-        centre = phi_k[..., phi_k.shape[-2] // 2, :][..., None, :]
+        centre = centre_of(phi_k, torch.zeros(1, dtype=torch.int64, device=phi_k.device), phi_k.shape[-2])
     phi_q = phi_q.to(wide) / scale
     phi_k = phi_k.to(wide) - centre.detach().to(wide)
     terms = products(phi_q.shape[-1], dtype)

@@ -29,6 +29,12 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
     """
     if call.varlen is not None:
         return call.per_sequence(run)
+    # The formula in the inputs' own precision, also where autocast would lower it.
+    with torch.autocast(call.query.device.type, enabled=False):
+        return _dense(call)
+
+
+def _dense(call: Call) -> tuple[Tensor, Tensor | None]:
     dtype = lse_dtype(call.query.dtype)
     group = call.num_heads // call.num_kv_heads
     q = call.query.to(dtype)

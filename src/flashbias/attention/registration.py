@@ -143,10 +143,15 @@ def _arguments(names: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(names[name] for name in _SHARED)
 
 
+def _like(x: Tensor) -> Tensor:
+    """Uninitialised, in the memory order of x where kernels can write it (rows of unit stride)."""
+    return torch.empty_like(x) if x.dim() <= 4 and x.stride(-1) == 1 else x.new_empty(x.shape)
+
+
 def _output_like(query: Tensor, value: Tensor) -> Tensor:
     """Uninitialised output; in the queries' memory order where head dimensions agree."""
-    if query.shape[-1] == value.shape[-1] and query.dim() <= 4:
-        return torch.empty_like(query)
+    if query.shape[-1] == value.shape[-1]:
+        return _like(query)
     return query.new_empty(*query.shape[:-1], value.shape[-1])
 
 
@@ -157,9 +162,7 @@ def _lse_like(query: Tensor) -> Tensor:
 def _gradients_like(inputs: Sequence[Tensor | None], needs_grad: Sequence[bool]) -> list[Tensor]:
     anchor = next(x for x in inputs if x is not None)
     return [
-        torch.empty_like(x, memory_format=torch.preserve_format if n < 3 and x.dim() <= 4 else torch.contiguous_format)
-        if need and x is not None
-        else anchor.new_empty(0)
+        (_like(x) if n < 3 else x.new_empty(x.shape)) if need and x is not None else anchor.new_empty(0)
         for n, (x, need) in enumerate(zip(inputs, needs_grad, strict=True))
     ]
 
@@ -247,7 +250,7 @@ def run(call: Call, impl: str) -> tuple[Tensor, Tensor | None]:
     )
     if not call.return_lse:
         return out, None
-    if bias is not None and has_factors and packing.is_packed(bias.phi_q, bias.phi_k, call.query.dtype):
-        tiled = layout is None and packing.is_tile_centred(call.seqlen_k, call.query.dtype)
-        lse = lse + packing.row_constant(bias, tiled=tiled)
+    is_centred = layout is None and bias is not None and packing.is_packed(bias.phi_q, bias.phi_k, call.query.dtype)
+    if bias is not None and has_factors and is_centred:
+        lse = lse + packing.row_constant(bias, tiled=packing.is_tile_centred(call.seqlen_k, call.query.dtype))
     return out, lse

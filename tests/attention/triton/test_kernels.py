@@ -34,18 +34,18 @@ class KernelSuite:
     @pytest.mark.parametrize(
         "case",
         [
-            Case("one-query", n=1, m=261, batch=(1,), heads=2, kv_heads=1, phi_k=(1, 1)),
-            Case("few-queries", n=3, m=197, batch=(1,), heads=1, options=BOTTOM_RIGHT),
+            Case("one-query", n=1, m=277, batch=(1,), heads=2, kv_heads=1, phi_k=(1, 1)),
+            Case("few-queries", n=3, m=277, batch=(1,), heads=1, options=BOTTOM_RIGHT),
             Case(
                 "window",
                 n=4,
-                m=197,
+                m=277,
                 batch=(1,),
                 heads=1,
                 options={"window": (100, 0), "causal_alignment": "bottom_right"},
             ),
-            Case("mask", n=2, m=171, batch=(2,), heads=1, mask="padding"),
-            Case("table", n=2, m=171, batch=(1,), heads=1, rank=0, table=9),
+            Case("mask", n=2, m=277, batch=(2,), heads=1, mask="padding"),
+            Case("table", n=2, m=277, batch=(1,), heads=1, rank=0, table=9),
         ],
         ids=str,
     )
@@ -67,9 +67,7 @@ class KernelSuite:
         self.check(problem)
 
     @pytest.mark.parametrize("processors", [1, 64], ids=["one-part", "many-parts"])
-    def test_shared_factors_are_summed_in_parts(
-        self, processors: int, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_shared_factors_are_summed_in_parts(self, processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
         for module in (operands, backward, table, window):
             if hasattr(module, "multiprocessors"):
                 monkeypatch.setattr(module, "multiprocessors", lambda device: processors)

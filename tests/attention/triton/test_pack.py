@@ -59,8 +59,8 @@ class PackSuite:
 
     def test_one_row_for_all_queries_is_packed_once(self) -> None:
         """ALiBi's query side, a slope for each head, does not grow with N."""
-        phi_q, phi_k = torch.rand(4, 1, 1).expand(4, 1000, 1), torch.arange(1000.0)[None, :, None]
-        found = self.factors(phi_q, phi_k, 1.0, torch.bfloat16)
+        slopes, phi_k = torch.rand(4, 1, 1, device=self.device), torch.arange(1000.0)[None, :, None]
+        found = Factors.of(slopes.expand(4, 1000, 1), phi_k.to(self.device), 1.0, torch.bfloat16, True)
         assert found.phi_q.shape[1] == 1000
         assert found.phi_q.stride(1) == 0
 

@@ -49,26 +49,27 @@ _HALF = {
         128: Config(64, 64, 4, 2),
     },
     "dq": {32: Config(64, 64, 4, 3, 128), 64: Config(64, 64, 4, 3), 128: Config(128, 64, 8, 3)},
-    "dtable": {64: Config(64, 64, 4, 1), 128: Config(64, 64, 8, 1)},
+    "dtable": {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2)},
     "window": {64: Config(64, 64, 4, 2, 168)},
 }
 _HALF_WIDEST = {
     "forward": Config(64, 32, 4, 2),
-    "dkdv": Config(32, 64, 8, 1),
-    "dq": Config(64, 32, 8, 1),
-    "dtable": Config(64, 32, 8, 1),
+    "dkdv": Config(32, 64, 8, 2),
+    "dq": Config(64, 32, 8, 2),
+    "dtable": Config(64, 32, 8, 2),
 }
 # float32 products are made of three in TF32, and their operands stand in shared memory twice.
 _SINGLE = {
-    "forward": {64: Config(64, 32, 4, 2), 128: Config(64, 32, 8, 1)},
-    "dkdv": {64: Config(32, 64, 8, 1), 128: Config(16, 64, 8, 1)},
-    "dq": {64: Config(64, 32, 8, 1), 128: Config(64, 16, 8, 1)},
-    "dtable": {64: Config(64, 32, 8, 1), 128: Config(64, 16, 8, 1)},
-    "window": {64: Config(64, 64, 8, 1)},
+    "forward": {64: Config(64, 32, 4, 2), 128: Config(64, 16, 8, 2)},
+    "dkdv": {64: Config(32, 64, 8, 2), 128: Config(16, 64, 8, 2)},
+    "dq": {64: Config(64, 32, 8, 2), 128: Config(64, 16, 8, 2)},
+    "dtable": {64: Config(64, 32, 8, 2), 128: Config(64, 16, 8, 2)},
+    "window": {64: Config(64, 64, 8, 2)},
 }
-_SINGLE_WIDEST = Config(16, 16, 8, 1)
+_SINGLE_WIDEST = Config(16, 16, 8, 2)
 
 _SHORT_FORWARD = Config(64, 64, 4, 1, 128)
+"""One tile, so nothing to pipeline: the only place where a single stage is safe (see `_fitted`)."""
 _SHARED_DKDV = Config(32, 64, 4, 3, 128)
 _NO_BIAS_128 = Config(64, 64, 4, 3)
 
@@ -91,10 +92,10 @@ def choose(name: str, ops: Operands) -> Config:
 def _best(name: str, ops: Operands) -> Config:
     width = max(ops.block_d, ops.block_dv)
     if name == "forward" and ops.max_seqlen_q <= 16:
-        return DECODE if width <= 128 and ops.is_half else replace(DECODE, block_n=16, num_stages=1)
+        return DECODE if width <= 128 and ops.is_half else replace(DECODE, block_n=16, num_stages=2)
     if not ops.is_half:
         return _lookup(_SINGLE[name], width) or _SINGLE_WIDEST
-    if name == "forward" and ops.max_seqlen_q <= SHORT and width <= 64:
+    if name == "forward" and max(ops.max_seqlen_q, ops.max_seqlen_k) <= SHORT and width <= 64:
         return _SHORT_FORWARD
     if name == "forward" and ops.factors is None and 64 < width <= 128:
         return _NO_BIAS_128
@@ -110,10 +111,13 @@ def _lookup(table: dict[int, Config], width: int) -> Config | None:
 
 
 def _fitted(config: Config, ops: Operands) -> Config:
-    """Give up stages, then rows, until the tiles fit into shared memory."""
+    """Give up stages, then rows, until the tiles fit into shared memory.
+
+    Two stages are kept: with one, Triton 3.6 lets a tile be overwritten while products still read it.
+    """
     limit = _shared_memory(ops.q.device)
     while _bytes(config, ops) > limit:
-        if config.num_stages > 1:
+        if config.num_stages > 2:
             config = replace(config, num_stages=config.num_stages - 1)
         elif config.block_n > 16:
             config = replace(config, block_n=config.block_n // 2)

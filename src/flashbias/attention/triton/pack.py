@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flashbias.attention import packing
 from flashbias.attention.layout import flatten_heads
-from flashbias.attention.triton.primitives import EXACT, READY, UNSCALED
+from flashbias.attention.triton.primitives import EXACT, READY, UNSCALED, centre_of
 
 __all__ = ["Factors"]
 
@@ -37,10 +37,11 @@ def _pack_kernel(
     stride_n,
     stride_r,
     centre_tile,
-    inv_scale,
+    scale,
     PARTS: tl.constexpr,
     TERMS: tl.constexpr,
     IS_KEY: tl.constexpr,
+    CENTRED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -55,11 +56,14 @@ def _pack_kernel(
     row = x_ptr + f * stride_f + r[None, :] * stride_r
     n64 = n.to(tl.int64)
     x = tl.load(row + n64[:, None] * stride_n, mask=inside, other=0.0).to(tl.float32)
-    if IS_KEY:
-        centre = tl.minimum(n64 // centre_tile * centre_tile + centre_tile // 2, length - 1)
-        x -= tl.load(row + centre[:, None] * stride_n, mask=inside, other=0.0).to(tl.float32)
-    else:
-        x *= inv_scale
+    if not IS_KEY:
+        x = tl.div_rn(x, scale)
+    elif CENTRED:
+        # A block of rows lies within one tile: there is one centre for all of them.
+        start = (tl.program_id(0) % blocks) * BLOCK_N // centre_tile * centre_tile
+        r_used = tl.where(term < TERMS, r, rank)
+        centre = centre_of(x_ptr + f * stride_f + r * stride_r, start, centre_tile, r_used, length, stride_n, rank)
+        x -= centre[None, :]
     if TERMS > 1:
         part = (PARTS >> (2 * tl.minimum(term, TERMS - 1)))[None, :] & 3
         p0 = x.to(tl.bfloat16).to(tl.float32)
@@ -114,7 +118,7 @@ class Factors:
             phi_k: `[*own, H or 1, M, R]`.
             scale: factor of the dot products.
             dtype: dtype of the queries.
-            centred: whether centring may go tile by tile (not for packed batches).
+            centred: whether phi_k may be centred (packed batches are not: no sequence may see another).
 
         Returns:
             The operands.
@@ -132,7 +136,7 @@ class Factors:
         block_r = _block(rank * len(terms), WIDEST_CHUNK if dtype in HALF else WIDEST_CHUNK // 2)
         width = triton.cdiv(rank * len(terms), block_r) * block_r
         packed_q = _packed(raw_q, scale, [a for a, _ in terms], operand_dtype, width, None)
-        tile = packing.CENTRE_TILE if tiled else raw_k.shape[-2]
+        tile = packing.CENTRE_TILE if tiled else raw_k.shape[-2] if centred else 0
         packed_k = _packed(raw_k, scale, [b for _, b in terms], operand_dtype, width, tile)
         return cls(
             packed_q, packed_k, raw_q, raw_k, rank, len(terms), width, block_r, READY.value, tiled, scale
@@ -156,7 +160,7 @@ def _unit_stride(x: Tensor) -> Tensor:
 def _packed(
     x: Tensor, scale: float, parts: list[int], dtype: torch.dtype, width: int, centre_tile: int | None
 ) -> Tensor:
-    """`[F, n, width]` of one side; `centre_tile` is None for queries."""
+    """`[F, n, width]` of one side; `centre_tile` is None for queries, 0 for keys that are not centred."""
     length = x.shape[-2]
     constant = centre_tile is None and x.stride(-2) == 0
     rows = 1 if constant else length
@@ -171,10 +175,11 @@ def _packed(
         width,
         *x.stride(),
         centre_tile or 1,
-        1.0 / scale,
+        scale,
         PARTS=sum(part << (2 * t) for t, part in enumerate(parts)),
         TERMS=len(parts),
         IS_KEY=centre_tile is not None,
+        CENTRED=bool(centre_tile),
         BLOCK_N=block_n,
         BLOCK_C=block_c,
     )

@@ -268,13 +268,28 @@ def centre_step(
     CENTRE_TILE: tl.constexpr,
 ):
     """`c - c_ref`: from the key opposite to these queries to the centre of this tile of keys, `[cols]`."""
-    here = tl.minimum(start_n // CENTRE_TILE * CENTRE_TILE + CENTRE_TILE // 2, seqlen_k - 1)
-    opposite = start_m // CENTRE_TILE * CENTRE_TILE + CENTRE_TILE // 2 + seqlen_k - seqlen_q
-    opposite = tl.minimum(tl.maximum(opposite, 0), seqlen_k - 1)
+    here = start_n // CENTRE_TILE * CENTRE_TILE
+    opposite = start_m // CENTRE_TILE * CENTRE_TILE + seqlen_k - seqlen_q
     row = raw_k_ptr + cols * stride_kr
-    centre = tl.load(row + tl.cast(here, tl.int64) * stride_k, mask=cols < rank, other=0.0).to(tl.float32)
-    reference = tl.load(row + tl.cast(opposite, tl.int64) * stride_k, mask=cols < rank, other=0.0).to(tl.float32)
-    return centre - reference
+    return centre_of(row, here, CENTRE_TILE, cols, seqlen_k, stride_k, rank) - centre_of(
+        row, opposite, CENTRE_TILE, cols, seqlen_k, stride_k, rank
+    )
+
+
+@triton.jit
+def centre_of(row_ptr, start, length, cols, seqlen_k, stride_k, rank):
+    """`packing.centre_of` for one start: the median of three rows, `[cols]`."""
+    a = load_row(row_ptr, start + length // 4, cols, seqlen_k, stride_k, rank)
+    b = load_row(row_ptr, start + length // 2, cols, seqlen_k, stride_k, rank)
+    c = load_row(row_ptr, start + length - 1 - length // 4, cols, seqlen_k, stride_k, rank)
+    return tl.maximum(tl.minimum(a, b), tl.minimum(tl.maximum(a, b), c))
+
+
+@triton.jit
+def load_row(row_ptr, n, cols, seqlen_k, stride_k, rank):
+    """One row of a factor as given, the nearest one that exists."""
+    n = tl.minimum(tl.maximum(n, 0), seqlen_k - 1)
+    return tl.load(row_ptr + tl.cast(n, tl.int64) * stride_k, mask=cols < rank, other=0.0).to(tl.float32)
 
 
 @triton.jit
