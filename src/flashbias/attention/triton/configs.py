@@ -58,14 +58,9 @@ _HALF_WIDEST = {
     "dq": Config(64, 32, 8, 2),
     "dtable": Config(64, 32, 8, 2),
 }
-# float32 products are made of three in TF32, and their operands stand in shared memory twice.
-_SINGLE = {
-    "forward": {64: Config(64, 32, 4, 2), 128: Config(64, 16, 8, 2)},
-    "dkdv": {64: Config(32, 64, 8, 2), 128: Config(16, 64, 8, 2)},
-    "dq": {64: Config(64, 32, 8, 2), 128: Config(64, 16, 8, 2)},
-    "dtable": {64: Config(64, 32, 8, 2), 128: Config(64, 16, 8, 2)},
-    "window": {64: Config(64, 64, 8, 2)},
-}
+# float32 products are made of three in TF32; tiles of fewer than 64 rows take the older matrix instructions, which
+# need no transposed copies of float32 operands.
+_SINGLE = {64: Config(64, 64, 4, 2), 128: Config(32, 32, 4, 2)}
 _SINGLE_WIDEST = Config(16, 16, 8, 2)
 
 _SHORT_FORWARD = Config(64, 64, 4, 1, 128)
@@ -94,7 +89,7 @@ def _best(name: str, ops: Operands) -> Config:
     if name == "forward" and ops.max_seqlen_q <= 16:
         return DECODE if width <= 128 and ops.is_half else replace(DECODE, block_n=16, num_stages=2)
     if not ops.is_half:
-        return _lookup(_SINGLE[name], width) or _SINGLE_WIDEST
+        return _lookup(_SINGLE, width) or _SINGLE_WIDEST
     if name == "forward" and max(ops.max_seqlen_q, ops.max_seqlen_k) <= SHORT and width <= 64:
         return _SHORT_FORWARD
     if name == "forward" and ops.factors is None and 64 < width <= 128:
