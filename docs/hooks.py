@@ -21,7 +21,5 @@ def bias_table() -> str:
         about = family.about
         link = f"[`{name}`][{family.__module__}.{name}]"
         formula = about.formula.replace("|", "\\|")
-        lines.append(
-            f"| {link} | `{formula}` | {about.rank} | {about.exactness} | [{about.title}]({about.url}) |"
-        )
+        lines.append(f"| {link} | `{formula}` | {about.rank} | {about.exactness} | [{about.title}]({about.url}) |")
     return "\n".join(lines)
