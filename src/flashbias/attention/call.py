@@ -86,6 +86,11 @@ class Call:
         return self.window_left is None and self.window_right == 0
 
     @property
+    def has_table(self) -> bool:
+        """Whether the bias reads a relative table."""
+        return self.bias is not None and self.bias.table is not None
+
+    @property
     def is_empty(self) -> bool:
         """Whether there is no query, no key or no batch element at all."""
         return 0 in self.query.shape[:-1] or self.seqlen_k == 0

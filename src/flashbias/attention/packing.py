@@ -26,6 +26,7 @@ import math
 import torch
 from torch import Tensor
 
+from flashbias.attention.call import HALF
 from flashbias.factored import FactoredBias
 
 __all__ = [
@@ -42,8 +43,6 @@ __all__ = [
     "row_sums",
     "split",
 ]
-
-HALF = (torch.float16, torch.bfloat16)
 
 CENTRE_TILE = 128
 """Keys that share one centre when centring goes by tile."""

@@ -58,16 +58,14 @@ def run(call: Call) -> tuple[Tensor, None]:
 
 
 def _fits_one_call(call: Call) -> bool:
-    has_table = call.bias is not None and call.bias.table is not None
-    if has_table or call.dropout_p > 0 or _needs_many_centres(call):
+    if call.has_table or call.dropout_p > 0 or _needs_many_centres(call):
         return False
     return not call.is_banded or _is_plain_causal(call)
 
 
 def _is_plain_causal(call: Call) -> bool:
     """Whether SDPA's own `is_causal` says it all."""
-    has_table = call.bias is not None and call.bias.table is not None
-    return call.is_causal and call.seqlen_q == call.seqlen_k and call.attn_mask is None and not has_table
+    return call.is_causal and call.seqlen_q == call.seqlen_k and call.attn_mask is None and not call.has_table
 
 
 def _needs_many_centres(call: Call) -> bool:
@@ -143,14 +141,14 @@ def _packed(call: Call, queries: slice, keys: slice, dtype: torch.dtype) -> tupl
         phi_q = phi_q * bias.rank_mask().to(phi_q.dtype)[:, None, :]
     phi_k = bias.phi_k[..., keys, :]
     opposite = torch.arange(queries.start, queries.stop, device=bias.device) + call.seqlen_k - call.seqlen_q
-    opposite = bias.phi_k[..., opposite.clamp(0, call.seqlen_k - 1), :].detach()
+    opposite = opposite.clamp(0, call.seqlen_k - 1)
     if _is_split(dtype):
-        nearby = opposite if _needs_many_centres(call) else bias.phi_k.detach()
+        nearby = (bias.phi_k[..., opposite, :] if _needs_many_centres(call) else bias.phi_k).detach()
         return packing.pack(phi_q, phi_k, call.scale, dtype, nearby.float().median(dim=-2, keepdim=True).values)
     # Unsplit products are summed in order, one rounding each. A first column starts the sum at minus the bias of the
     # key opposite to the query, a constant of the row: what is near the diagonal is then summed near zero.
-    packed_q, packed_k = packing.pack(phi_q, phi_k, call.scale, dtype, torch.zeros_like(opposite[..., :1, :]))
-    start = (-packing.row_sums(phi_q, opposite) / call.scale).to(dtype)[..., None]
+    packed_q, packed_k = packing.pack(phi_q, phi_k, call.scale, dtype, torch.zeros_like(phi_k[..., :1, :]))
+    start = (-packing.row_sums(phi_q, bias.phi_k[..., opposite, :]) / call.scale).to(dtype)[..., None]
     packed_q = packed_q.expand(*start.shape[:-1], -1)
     return torch.cat([start, packed_q], dim=-1), torch.cat([torch.ones_like(packed_k[..., :1]), packed_k], dim=-1)
 

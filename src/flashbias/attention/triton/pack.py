@@ -16,12 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from flashbias.attention import packing
+from flashbias.attention.call import HALF
 from flashbias.attention.layout import flatten_heads
 from flashbias.attention.triton.primitives import EXACT, READY, UNSCALED, centre_of
 
 __all__ = ["Factors"]
 
-HALF = (torch.float16, torch.bfloat16)
 WIDEST_CHUNK = 128
 """Packed columns that a kernel holds at once; wider factors go chunk by chunk."""
 
