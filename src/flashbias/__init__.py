@@ -10,6 +10,7 @@ from flashbias.attention import (
 )
 from flashbias.biases import Alibi, CosineDifference, RelativeBuckets, SquaredDistance, WindowBias
 from flashbias.factored import FactoredBias
+from flashbias.mixed import MixedBias
 
 __version__ = "0.1.0"
 
@@ -18,6 +19,7 @@ __all__ = [
     "CosineDifference",
     "Explanation",
     "FactoredBias",
+    "MixedBias",
     "RelativeBuckets",
     "SquaredDistance",
     "WindowBias",

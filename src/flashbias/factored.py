@@ -50,6 +50,8 @@ class FactoredBias:
         code_k: `[M]` integers, optional; default the positions `0 … M-1`.
         ranks: one integer per head, optional: columns at and beyond `ranks[h]` are padding and are never
             read for head h.
+        report: how the factors were found and what they promise, optional; whoever made them puts it here. It is
+            carried along by slicing and moves, and by nothing else.
 
     Raises:
         TypeError: a factor or the table is not a floating point tensor, or codes are not integers.
@@ -75,6 +77,7 @@ class FactoredBias:
     code_q: Tensor | None = None
     code_k: Tensor | None = None
     ranks: Sequence[int] | None = None
+    report: Any = None
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading a value."""
@@ -432,6 +435,7 @@ def _unflatten(children: Any, ranks: tuple[int, ...] | None) -> FactoredBias:
     for name, child in zip(("phi_q", "phi_k", "table", "code_q", "code_k"), children, strict=True):
         object.__setattr__(bias, name, child)
     object.__setattr__(bias, "ranks", ranks)
+    object.__setattr__(bias, "report", None)
     return bias
 
 

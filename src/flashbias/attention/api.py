@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flashbias.attention import reference, sdpa, triton
+from flashbias.attention import dense, reference, sdpa, triton
 from flashbias.attention.call import HALF, Call, VarlenLayout, empty_output
+from flashbias.attention.groups import attend_by_groups
 from flashbias.factored import FactoredBias
+from flashbias.mixed import MixedBias
 
 __all__ = ["Explanation", "attention", "explain", "implementations", "varlen_attention"]
 
@@ -25,7 +27,7 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    bias: FactoredBias | None = None,
+    bias: FactoredBias | MixedBias | None = None,
     *,
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
@@ -51,7 +53,8 @@ def attention(
         key: `[*batch, H_kv, M, head_dim]`.
         value: `[*batch, H_kv, M, head_dim_v]`.
         bias: a `FactoredBias` whose batch and head dimensions are each equal to the queries' or 1. It is
-            added after scaling and stays float32 if its factors are, whatever the queries are.
+            added after scaling and stays float32 if its factors are, whatever the queries are. A `MixedBias` sends
+            its dense heads through torch's `scaled_dot_product_attention`, whatever `impl` says of the others.
         attn_mask: booleans that broadcast to `[*batch, H, N, M]`; True attends. A row without any True gives 0.
         is_causal: let query i attend to keys j <= i + shift only.
         causal_alignment: "top_left" (shift 0, as in SDPA) or "bottom_right" (shift M - N, as in FlashAttention).
@@ -93,22 +96,34 @@ def attention(
     Reference:
         "FlashBias: Fast Computation of Attention with Bias", https://arxiv.org/abs/2505.12044, equation 3.
     """
-    call = _checked(
-        query,
-        key,
-        value,
-        bias,
-        attn_mask=attn_mask,
-        is_causal=is_causal,
-        causal_alignment=causal_alignment,
-        window=window,
-        scale=scale,
-        enable_gqa=enable_gqa,
-        dropout_p=dropout_p,
-        deterministic=deterministic,
-        return_lse=return_lse,
-    )
-    return _run(call, impl)
+
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, bias: FactoredBias | Tensor | None, attn_mask: Tensor | None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        call = _checked(
+            query,
+            key,
+            value,
+            None if isinstance(bias, Tensor) else bias,
+            attn_mask=attn_mask,
+            is_causal=is_causal,
+            causal_alignment=causal_alignment,
+            window=window,
+            scale=scale,
+            enable_gqa=enable_gqa,
+            dropout_p=dropout_p,
+            deterministic=deterministic,
+            return_lse=return_lse,
+        )
+        return _run_dense(call, bias) if isinstance(bias, Tensor) else _run(call, impl)
+
+    if isinstance(bias, Tensor):
+        _check_kind(bias)
+    if isinstance(bias, MixedBias):
+        _check_tensors(query, key, value, enable_gqa)
+        _check_bias(bias, query, key)
+        return attend_by_groups(attend, query, key, value, bias, attn_mask)
+    return attend(query, key, value, bias, attn_mask)
 
 
 def varlen_attention(
@@ -315,6 +330,14 @@ def _run(call: Call, impl: str) -> Tensor | tuple[Tensor, Tensor]:
     if not torch.compiler.is_compiling() and logger.isEnabledFor(logging.DEBUG):
         logger.debug("attention %s takes %s\n%s", tuple(call.query.shape), chosen.impl, chosen)
     out, lse = empty_output(call) if call.is_empty else _MODULES[chosen.impl].run(call)
+    return _result(call, out, lse)
+
+
+def _run_dense(call: Call, matrix: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    return _result(call, *(empty_output(call) if call.is_empty else dense.run(call, matrix)))
+
+
+def _result(call: Call, out: Tensor, lse: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
     if call.return_lse:
         assert lse is not None
         return out, lse
@@ -344,6 +367,7 @@ def _checked(
     query, key, value = _autocast(query, key, value)
     _check_tensors(query, key, value, enable_gqa)
     if bias is not None:
+        _check_kind(bias)
         _check_bias(bias, query, key)
     if attn_mask is not None:
         attn_mask = _check_mask(attn_mask, query, key)
@@ -436,19 +460,24 @@ def _check_heads(num_heads: int, num_kv_heads: int, enable_gqa: bool) -> None:
         raise ValueError(f"query heads ({num_heads}) must be a multiple of key heads ({num_kv_heads})")
 
 
-def _check_bias(bias: FactoredBias, query: Tensor, key: Tensor) -> None:
+def _check_kind(bias: object) -> None:
     if not isinstance(bias, FactoredBias):
         raise TypeError(
-            f"bias must be a FactoredBias, got {type(bias)}; factor a dense bias first (an N×M tensor is never read)"
+            f"bias must be a FactoredBias, got {type(bias)}; factor a dense bias first, with flashbias.compress "
+            "(an N×M tensor is never read)"
         )
-    if (bias.seqlen_q, bias.seqlen_k) != (query.shape[-2], key.shape[-2]):
+
+
+def _check_bias(bias: FactoredBias | MixedBias, query: Tensor, key: Tensor) -> None:
+    seqlen_q, seqlen_k = bias.shape[-2:]
+    if (seqlen_q, seqlen_k) != (query.shape[-2], key.shape[-2]):
         raise ValueError(
-            f"bias is for {bias.seqlen_q} queries and {bias.seqlen_k} keys, "
+            f"bias is for {seqlen_q} queries and {seqlen_k} keys, "
             f"query and key have {query.shape[-2]} and {key.shape[-2]}"
         )
     if bias.device != query.device:
         raise ValueError(f"bias is on {bias.device} and query on {query.device}; must be on one device")
-    _check_broadcast("bias", (*bias.batch_shape, bias.num_heads), query.shape[:-2])
+    _check_broadcast("bias", tuple(bias.shape[:-2]), query.shape[:-2])
 
 
 def _check_broadcast(name: str, lead: tuple[int, ...], target: torch.Size) -> None:
