@@ -355,14 +355,14 @@ class _Search:
         widest = max(most[dtype] for dtype in self.request.dtypes)
         fit = head.low_rank(widest, first)
         found: dict[torch.dtype, Fit | None] = {first: fit if fit is not None and fit.rank <= most[first] else None}
+        self.energies[index] = 0.0 if fit is None else head.energy(fit)
         for dtype in coarser:
-            found[dtype] = None if fit is None else head.rounded(fit, dtype)
+            found[dtype] = None if fit is None else head.rounded(fit, dtype, most[dtype])
         if fit is None:
             for rank in {widest >> 4, widest >> 2, widest} - {0}:
                 head.best_certificate(rank, first)
         self.tried[index] = dict(sorted(head.tried.items()))
         self.extents[index] = head.extent()
-        self.energies[index] = 0.0 if fit is None else head.energy(fit)
         return found
 
     def near_fields(self, codes: Codes | None) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from flashbias.decompose.bound import certificate, row_spread
 from flashbias.decompose.relative import Codes
 from flashbias.decompose.split import split
-from flashbias.decompose.svd import Factors, centre_rows, smallest_rank, truncated_svd, weighted_low_rank
+from flashbias.decompose.svd import Factors, NestedSvd, centre_rows, smallest_rank, weighted_low_rank
 
 __all__ = ["Fit", "Head"]
 
@@ -71,9 +71,9 @@ class Head:
         if self.mask is not None:
             self.b = self.b.masked_fill(~self.mask, 0.0)
         self.generator = torch.Generator().manual_seed(self.seed)
-        self._nested: Factors | None = None
         single = self.b.numel() >= SINGLE_FROM[0] and self.tol >= SINGLE_FROM[1]
         self._centred = self._centre(self.b).to(torch.float32 if single else torch.float64)
+        self._svd = NestedSvd(self._centred, self.generator)
         self._sample = slice(0, None, max(1, len(self.b) // SAMPLE_ROWS))
 
     # ---------------------------------------------------------------- how good is it
@@ -115,13 +115,30 @@ class Head:
             found = smallest_rank(self._weighted, accepts, found.rank - 1 if found else max_rank) or found
         return None if found is None else self._kept(found, dtype)
 
-    def rounded(self, fit: Fit, dtype: torch.dtype, more: int = 2) -> Fit | None:
-        """Find factors of a coarser dtype that still keep the tolerance, with at most a few columns more than `fit`."""
-        for rank in range(fit.rank, min(fit.rank + more, *self.b.shape) + 1):
-            found = self._kept(self._best(rank), dtype)
-            if found is not None:
-                return found
-        return None
+    def rounded(self, fit: Fit, dtype: torch.dtype, max_rank: int) -> Fit | None:
+        """Find factors of a coarser dtype that keep the tolerance: those of `fit`, and columns to make up for rounding.
+
+        What rounding changes is a matrix like any other, large where the first columns are; a few columns of its own
+        SVD undo most of it, and what rounding takes from these is smaller by as much again. That takes far fewer
+        columns than splitting each factor into parts.
+        """
+        first = fit.factors.to(dtype)
+        if (found := self._kept(first, dtype)) is not None or fit.rank >= max_rank:
+            return found
+        residual = self._centre(self.b - first.to(self.b.dtype).dense())
+        svd = NestedSvd(residual.to(self._centred.dtype), self.generator)
+
+        def more(rank: int) -> Factors:
+            columns = svd(rank).to(torch.float64)
+            if not self._is_unweighted():
+                columns = weighted_low_rank(residual, self._read_weights(), columns)
+            return columns
+
+        def accepts(columns: Factors) -> bool:
+            return self._kept(first.beside(columns.to(dtype)), dtype) is not None
+
+        columns = smallest_rank(more, accepts, max_rank - fit.rank)
+        return None if columns is None else self._kept(first.beside(columns.to(dtype)), dtype)
 
     def with_table(self, table: Tensor, codes: Codes) -> Fit:
         """Certify a table that is given."""
@@ -134,7 +151,7 @@ class Head:
 
         def fitted(rank: int) -> Factors:
             table, factors = split(self.b, codes, half_width, rank, generator=self.generator, mask=self.mask)
-            kept = _rounded(factors, dtype)
+            kept = factors.to(dtype)
             fits[rank] = Fit(kept, self.certify(self._realise(kept) + _read(table, codes)), table)
             return factors
 
@@ -169,36 +186,25 @@ class Head:
     def _best(self, rank: int) -> Factors:
         return self._svd(rank) if self._is_unweighted() else self._weighted(rank)
 
-    def _svd(self, rank: int) -> Factors:
-        if self._nested is None or self._nested.rank < min(rank, *self.b.shape):
-            self._nested = truncated_svd(self._centred, rank, self.generator)
-        return self._nested.truncate(rank)
-
     def _weighted(self, rank: int) -> Factors:
-        start = self._svd(rank)
-        start = Factors(start.left.double(), start.right.double())
-        return weighted_low_rank(self._centred.double(), self._read_weights(), start)
+        return weighted_low_rank(self._centred.double(), self._read_weights(), self._svd(rank).to(torch.float64))
 
     def _kept(self, factors: Factors, dtype: torch.dtype) -> Fit | None:
         """The fit, if it keeps the tolerance."""
-        sample = _rounded(Factors(factors.left[self._sample], factors.right), dtype)
+        sample = Factors(factors.left[self._sample], factors.right).to(dtype)
         if self.certify(self._realise(sample), self._sample) > self.tol:
             return None
         found = self._certified(factors, dtype)
         return found if found.certificate <= self.tol else None
 
     def _certified(self, factors: Factors, dtype: torch.dtype) -> Fit:
-        kept = _rounded(factors, dtype)
+        kept = factors.to(dtype)
         found = Fit(kept, self.certify(self._realise(kept)))
         self.tried[factors.rank] = min(found.certificate, self.tried.get(factors.rank, 1.0))
         return found
 
     def _realise(self, factors: Factors) -> Tensor:
-        return Factors(factors.left.to(self.b.dtype), factors.right.to(self.b.dtype)).dense()
-
-
-def _rounded(factors: Factors, dtype: torch.dtype) -> Factors:
-    return Factors(factors.left.to(dtype), factors.right.to(dtype))
+        return factors.to(self.b.dtype).dense()
 
 
 def _read(table: Tensor, codes: Codes) -> Tensor:

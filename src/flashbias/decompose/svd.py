@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Factors", "centre_rows", "smallest_rank", "truncated_svd", "weighted_low_rank"]
+__all__ = ["Factors", "NestedSvd", "centre_rows", "smallest_rank", "truncated_svd", "weighted_low_rank"]
 
 OVERSAMPLE = 8
 """Columns that a randomised range carries beyond the rank that is wanted of it."""
@@ -45,6 +45,14 @@ class Factors:
     def truncate(self, rank: int) -> Factors:
         """Keep the first columns."""
         return Factors(self.left[:, :rank], self.right[:, :rank])
+
+    def to(self, dtype: torch.dtype) -> Factors:
+        """Round, or widen."""
+        return Factors(self.left.to(dtype), self.right.to(dtype))
+
+    def beside(self, other: Factors) -> Factors:
+        """Columns of both, so that the products add."""
+        return Factors(torch.cat([self.left, other.left], dim=1), torch.cat([self.right, other.right], dim=1))
 
     def dense(self) -> Tensor:
         """The product, `[N, M]`."""
@@ -107,6 +115,25 @@ def truncated_svd(b: Tensor, rank: int, generator: torch.Generator) -> Factors:
     rank = min(rank, full)
     root = s[:rank].sqrt()
     return Factors(u[:, :rank] * root, vh[:rank].mT * root)
+
+
+class NestedSvd:
+    """Truncated SVDs of one matrix: the widest so far serves all smaller ranks.
+
+    Args:
+        b: `[N, M]`.
+        generator: source of the random starts.
+    """
+
+    def __init__(self, b: Tensor, generator: torch.Generator) -> None:
+        self.b, self.generator = b, generator
+        self._widest: Factors | None = None
+
+    def __call__(self, rank: int) -> Factors:
+        """Factors of a rank, or of the matrix's own if that is smaller."""
+        if self._widest is None or self._widest.rank < min(rank, *self.b.shape):
+            self._widest = truncated_svd(self.b, rank, self.generator)
+        return self._widest.truncate(rank)
 
 
 def smallest_rank(
