@@ -8,7 +8,10 @@ from flashbias.attention import (
     multiplicative_attention,
     varlen_attention,
 )
+from flashbias.attention.plan import Plan, plan
+from flashbias.attention.workload import TableSize, Workload
 from flashbias.biases import Alibi, CosineDifference, RelativeBuckets, SquaredDistance, WindowBias
+from flashbias.decompose import HeadReport, NotLowRankError, Report, compress
 from flashbias.factored import FactoredBias
 from flashbias.mixed import MixedBias
 
@@ -19,13 +22,21 @@ __all__ = [
     "CosineDifference",
     "Explanation",
     "FactoredBias",
+    "HeadReport",
     "MixedBias",
+    "NotLowRankError",
+    "Plan",
     "RelativeBuckets",
+    "Report",
     "SquaredDistance",
+    "TableSize",
     "WindowBias",
+    "Workload",
     "attention",
+    "compress",
     "explain",
     "implementations",
     "multiplicative_attention",
+    "plan",
     "varlen_attention",
 ]

@@ -3,7 +3,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from flashbias.attention.plan import plan
+from flashbias.attention.workload import Workload
 from flashbias.bench import case_names, provider_names, read_rows
 from flashbias.cli.app import run
 
@@ -33,3 +36,51 @@ def test_a_small_run_writes_a_csv_that_can_be_shown_again(tmp_path: Path, capsys
     assert (row.case, row.pass_name, row.provider, row.status) == ("swin-49@small", "fwd", "ours/sdpa", "ok")
     assert run(["bench", "--table", str(tmp_path / "tiny.csv")]) == 0
     assert capsys.readouterr().out.strip() in first
+
+
+def test_a_calibration_measures_fits_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = ["swin-49", "swin-576", "triangle-512", "full-64", "full-32", "mesh-32k"]
+    chosen = [part for case in cases for part in ("--case", case)]
+    chosen += ["--small", "--pass", "fwd", "--dtype", "float32", "--provider", "ours/sdpa", "--device", "cpu"]
+    out = tmp_path / "mine.json"
+    assert run(["bench", "--calibrate", *chosen, "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "factored" in said and "6 cases" in said and str(out) in said
+    assert len(read_rows(tmp_path / "mine-rows.csv")) == 6
+    w = Workload(2, 64, 64, 32, dtype=torch.float32)
+    first = plan(w, ranks=4, device=out, forms=["factored"])
+    # The rows are enough to fit again, into a folder and under another name.
+    again = tmp_path / "again"
+    assert run(["bench", "--calibrate", "--from", str(tmp_path / "mine-rows.csv"), "--out", str(again)]) == 0
+    assert {file.name for file in again.iterdir()} == {
+        "coefficients.json",
+        "coefficients-fit.csv",
+        "coefficients-fit.png",
+    }
+    assert plan(w, ranks=4, device=again / "coefficients.json", forms=["factored"]) == first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--from", __file__], "--from goes with --calibrate"),
+        (["--calibrate", "--from", __file__], "is missing"),
+        (["--calibrate", "--provider", "fast"], "unknown provider 'fast'"),
+        (["--calibrate", "--case", "nothing"], "unknown case 'nothing'"),
+        (["--calibrate", "--out", "mine.csv/x.csv.json", "--device", "tpu"], "--device must be"),
+        (["--out", __file__], "--out must be a folder"),
+    ],
+)
+def test_a_calibration_that_cannot_be_is_answered_in_one_line(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["bench", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.rglob("*.json"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from flashbias.attention import dense, reference, sdpa, triton
 from flashbias.attention.call import HALF, Call, VarlenLayout, empty_output
 from flashbias.attention.groups import attend_by_groups
+from flashbias.attention.plan import Plan, plan_call
 from flashbias.factored import FactoredBias
 from flashbias.mixed import MixedBias
 
@@ -226,17 +227,26 @@ class Explanation:
     Args:
         impl: the implementation that runs.
         reasons: for each implementation None if it could run, else what stands against it.
+        plan: predicted times of the bias's form, of a dense bias and of no bias; None where there is no bias, or
+            nothing to predict from.
+        no_plan: why there is a bias and no plan, else None.
     """
 
     impl: str
     reasons: dict[str, str | None]
+    plan: Plan | None = None
+    no_plan: str | None = None
 
     def __str__(self) -> str:
-        """One line for each implementation, the chosen one marked."""
+        """One line for each implementation, the chosen one marked; then the plan, or why there is none."""
         lines = []
         for name, reason in self.reasons.items():
             mark = "->" if name == self.impl else "  "
             lines.append(f"{mark} {name}: {reason or ('chosen' if name == self.impl else 'possible, slower')}")
+        if self.plan is not None:
+            lines.append(str(self.plan))
+        if self.no_plan is not None:
+            lines.append(self.no_plan)
         return "\n".join(lines)
 
 
@@ -250,7 +260,9 @@ def explain(
     return_lse: bool = False,
     **options: object,
 ) -> Explanation:
-    """Say which implementation `attention` would take for these arguments, and why not the others.
+    """Say which implementation `attention` would take for these arguments, why not the others, and what it would cost.
+
+    Where the call has a bias, its time is predicted and set beside that of a dense bias, and of none (`plan`).
 
     Args:
         query: as in `attention`.
@@ -287,7 +299,9 @@ def explain(
     if unknown:
         raise TypeError(f"explain got unknown keywords {sorted(unknown)}; allowed are {sorted(defaults)}")
     call = _checked(query, key, value, bias, return_lse=return_lse, **(defaults | options))  # type: ignore[arg-type]
-    return _choose(call, impl)
+    chosen = _choose(call, impl)
+    plan, no_plan = plan_call(call)
+    return replace(chosen, plan=plan, no_plan=no_plan)
 
 
 def implementations() -> dict[str, str | None]:

@@ -23,9 +23,9 @@ def bench(
         typer.Option("--provider", help="A name, a family such as ours, or a pattern such as '*/flex'."),
     ] = None,
     dtypes: Annotated[list[str] | None, typer.Option("--dtype", help="Default: bfloat16.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the CSV and its environment.", file_okay=False)] = Path(
-        "results/bench"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder for the CSV and its environment; with --calibrate a file may be named.")
+    ] = Path("results/bench"),
     name: Annotated[str, typer.Option(help="Name of the files.")] = "bench",
     device: Annotated[str | None, typer.Option(help="Default: cuda where there is one, else cpu.")] = None,
     small: Annotated[bool, typer.Option("--small", help="Small versions of the cases, for a CPU.")] = False,
@@ -35,6 +35,13 @@ def bench(
     show: Annotated[bool, typer.Option("--list", help="List cases and providers, and leave.")] = False,
     table: Annotated[
         Path | None, typer.Option(help="Print the tables of an earlier run's CSV, and leave.", exists=True)
+    ] = None,
+    calibration: Annotated[
+        bool, typer.Option("--calibrate", help="Fit the planner's coefficients for this device, and leave.")
+    ] = False,
+    rows: Annotated[
+        list[Path] | None,
+        typer.Option("--from", help="With --calibrate: an earlier run's CSV. Alone, nothing is measured.", exists=True),
     ] = None,
 ) -> None:
     """Time this library and its peers; a wrong result has no number.
@@ -52,6 +59,10 @@ def bench(
         flashbias bench --case full-128 --case swin-576 --pass fwd --out results/h200 --isolate
 
         flashbias bench --table results/bench/bench.csv
+
+        flashbias bench --calibrate --out coefficients.json
+
+        flashbias bench --calibrate --from results/h200/bench.csv --out h200.json
     """
     from flashbias.bench import CASES, Row, provider_names, render, run
     from flashbias.bench.providers import FAMILIES
@@ -67,12 +78,35 @@ def bench(
         return
     if device is not None:
         _check_device(device)
+    if rows and not calibration:
+        raise ValueError("--from goes with --calibrate")
+    if not calibration and out.is_file():
+        raise ValueError(f"--out must be a folder, got the file {str(out)!r}")
     with progress_bar() as progress:
 
         def report(done: int, total: int, row: Row) -> None:
             time = f"{row.median_ms} ms" if row.median_ms else row.status
             progress(done, total, f"{row.case} {row.pass_name} {row.provider}: {time}")
 
+        if calibration:
+            from flashbias.bench.calibrate import calibrate
+
+            found = calibrate(
+                out if out.suffix == ".json" else out / "coefficients.json",
+                rows=rows or (),
+                device=device,
+                cases=cases,
+                providers=providers,
+                dtypes=dtypes,
+                passes=passes or PASSES,
+                small=small,
+                resume=resume,
+                isolate=isolate,
+                time_limit_s=time_limit,
+                progress=report,
+            )
+            console.print(f"{found}\nwrote {found.path}, for flashbias.plan(workload, device={str(found.path)!r})")
+            return
         path = run(
             cases,
             passes or PASSES,
