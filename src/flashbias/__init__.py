@@ -11,7 +11,16 @@ from flashbias.attention import (
 from flashbias.attention.plan import Plan, plan
 from flashbias.attention.workload import TableSize, Workload
 from flashbias.biases import Alibi, CosineDifference, RelativeBuckets, SquaredDistance, WindowBias
-from flashbias.decompose import HeadReport, NotLowRankError, Report, compress
+from flashbias.decompose import (
+    DistillReport,
+    HeadReport,
+    LowRankBias,
+    NeuralBias,
+    NotLowRankError,
+    Report,
+    compress,
+    distill,
+)
 from flashbias.factored import FactoredBias
 from flashbias.mixed import MixedBias
 
@@ -20,10 +29,13 @@ __version__ = "0.1.0"
 __all__ = [
     "Alibi",
     "CosineDifference",
+    "DistillReport",
     "Explanation",
     "FactoredBias",
     "HeadReport",
+    "LowRankBias",
     "MixedBias",
+    "NeuralBias",
     "NotLowRankError",
     "Plan",
     "RelativeBuckets",
@@ -34,6 +46,7 @@ __all__ = [
     "Workload",
     "attention",
     "compress",
+    "distill",
     "explain",
     "implementations",
     "multiplicative_attention",

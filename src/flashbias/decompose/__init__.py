@@ -1,6 +1,18 @@
-"""From a tensor or a function to factors: certified, learned, or distilled."""
+"""From a tensor, a function or a network to factors: certified, learned, or distilled."""
 
 from flashbias.decompose.compress import compress
+from flashbias.decompose.distill import DistillReport, distill
+from flashbias.decompose.learned import LowRankBias
+from flashbias.decompose.neural import NeuralBias
 from flashbias.decompose.report import HeadReport, NotLowRankError, Report
 
-__all__ = ["HeadReport", "NotLowRankError", "Report", "compress"]
+__all__ = [
+    "DistillReport",
+    "HeadReport",
+    "LowRankBias",
+    "NeuralBias",
+    "NotLowRankError",
+    "Report",
+    "compress",
+    "distill",
+]
