@@ -1,0 +1,187 @@
+"""`Family`: what a family of models is, the registry of families, and changes to a model that can be taken back."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from flashbias.integrations.report import AttentionEntry
+
+__all__ = ["SETTINGS", "Changes", "Family", "Options", "Plan", "families_for", "known_class"]
+
+SETTINGS = "_flashbias"
+"""The attribute under which every attention that is changed keeps what its new forward needs."""
+
+FOLDERS = {"transformers": "flashbias.integrations.transformers"}
+"""The library that a model's classes come from, and the package that knows it. It is imported for such models only."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `patch`, checked."""
+
+    tol: float = 1e-3
+    impl: str = "auto"
+    train_bias: bool = False
+
+
+class Changes:
+    """Changes to a model's modules, written down so that they can be undone to the bit.
+
+    Everything is set in a module's `__dict__`: `nn.Module` never sees it, so parameters, buffers and the keys of
+    `state_dict` stay what they are. A deep copy of the model holds a copy of its changes.
+    """
+
+    def __init__(self) -> None:
+        # module, attribute, whether it was there, what it was, what it is now
+        self._set: list[tuple[nn.Module, str, bool, Any, Any]] = []
+        self._hooks: list[RemovableHandle] = []
+
+    def set(self, module: nn.Module, name: str, value: Any) -> None:
+        """Give one module an attribute of its own."""
+        before = module.__dict__
+        self._set.append((module, name, name in before, before.get(name), value))
+        module.__dict__[name] = value
+
+    def hook(self, handle: RemovableHandle) -> None:
+        """Keep the handle of a hook that was registered."""
+        self._hooks.append(handle)
+
+    def undo(self) -> None:
+        """Put everything back.
+
+        Raises:
+            RuntimeError: an attribute has been replaced since by somebody else; nothing is changed then.
+        """
+        for module, name, _, _, value in self._set:
+            if module.__dict__.get(name) is not value:
+                raise RuntimeError(
+                    f"{name!r} of a {type(module).__name__} was replaced after patch(): undo that first, "
+                    "so that unpatch() does not overwrite it"
+                )
+        for handle in self._hooks:
+            handle.remove()
+        for module, name, existed, before, _ in reversed(self._set):
+            if existed:
+                module.__dict__[name] = before
+            else:
+                del module.__dict__[name]
+        self._set.clear()
+        self._hooks.clear()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done with one attention.
+
+    Args:
+        entry: its line of the report.
+        apply: does it, noting every change; None where the attention is left as it is.
+    """
+
+    entry: AttentionEntry
+    apply: Callable[[Changes], None] | None = None
+
+
+_REGISTRY: dict[str, Family] = {}
+
+
+class Family(ABC):
+    """A family of models: how to recognise its attentions, what is not supported, how to make one factored.
+
+    A subclass declares `name` and `attentions`, and says what becomes of one attention in `plan`. It is registered
+    when it is defined; a class that is no family of its own says `class Name(Family, register=False)`. A new file
+    in one of the folders is found without being named anywhere.
+
+    Attributes:
+        name: what the report calls it.
+        attentions: full names of the attention classes, as in `library.module.Class`. Names, because then
+            nothing of the library is imported that the model does not use.
+    """
+
+    name: ClassVar[str]
+    attentions: ClassVar[tuple[str, ...]]
+
+    def __init_subclass__(cls, register: bool = True, **kwargs: Any) -> None:
+        """Put the family into the registry."""
+        super().__init_subclass__(**kwargs)
+        if not register:
+            return
+        known = _REGISTRY.get(cls.name)
+        if known is not None and type(known).__module__ != cls.__module__:
+            raise ValueError(f"a family named {cls.name!r} is already registered, by {type(known).__module__}")
+        _REGISTRY[cls.name] = cls()
+
+    @abstractmethod
+    def plan(self, name: str, attention: nn.Module, options: Options) -> Plan:
+        """Say what becomes of one attention, without changing anything."""
+
+    def is_biased(self, attention: nn.Module) -> bool:
+        """Tell whether this attention takes part in a biased model; others of the class are not reported."""
+        return True
+
+    def unsupported(self, model: nn.Module, attention: nn.Module) -> str | None:
+        """Say which configuration of this attention is not supported, None if it is."""
+        return None
+
+    def prepare(self, model: nn.Module, changes: Changes) -> None:
+        """Change what is not an attention, once per model: hooks, configuration. After all attentions."""
+        return
+
+    # ---------------------------------------------------------------- what the machinery asks
+
+    def found_in(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """Walk over the attentions of this family with their names."""
+        for name, module in model.named_modules():
+            if known_class(module, self.attentions) is not None and self.is_biased(module):
+                yield name, module
+
+    def plans(self, model: nn.Module, options: Options) -> Iterator[Plan]:
+        """Plan every attention of the model, in order."""
+        for name, attention in self.found_in(model):
+            reason = self._overridden(attention) or self.unsupported(model, attention)
+            if reason is None:
+                yield self.plan(name, attention, options)
+            else:
+                yield Plan(AttentionEntry(name, self.name, "unsupported", note=reason))
+
+    def _overridden(self, attention: nn.Module) -> str | None:
+        """A forward of its own would be replaced, or would ignore what is given to it."""
+        cls = known_class(attention, self.attentions)
+        if cls is not None and type(attention).forward is not cls.forward:
+            return f"{type(attention).__name__} overrides the forward of {cls.__name__}"
+        if "forward" in attention.__dict__:
+            return "its forward was already replaced on the instance; patch before other libraries wrap the model"
+        return None
+
+
+def known_class(module: nn.Module, names: tuple[str, ...]) -> type[nn.Module] | None:
+    """Return the class by one of these full names that a module is an instance of, None if there is none."""
+    for cls in type(module).__mro__:
+        if f"{cls.__module__}.{cls.__qualname__}" in names:
+            return cls
+    return None
+
+
+def families_for(model: nn.Module) -> list[Family]:
+    """Return the registered families, after importing those that the model's classes call for.
+
+    Args:
+        model: any module.
+
+    Returns:
+        All families known so far, sorted by name.
+    """
+    libraries = {cls.__module__.partition(".")[0] for module in model.modules() for cls in type(module).__mro__}
+    for library in sorted(libraries & FOLDERS.keys()):
+        package = importlib.import_module(FOLDERS[library])
+        for file in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{package.__name__}.{file.name}")
+    return [family for _, family in sorted(_REGISTRY.items())]
