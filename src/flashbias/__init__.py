@@ -10,7 +10,14 @@ from flashbias.attention import (
 )
 from flashbias.attention.plan import Plan, plan
 from flashbias.attention.workload import TableSize, Workload
-from flashbias.biases import Alibi, CosineDifference, RelativeBuckets, SquaredDistance, WindowBias
+from flashbias.biases import (
+    Alibi,
+    CosineDifference,
+    EarthSpecificBias,
+    RelativeBuckets,
+    SquaredDistance,
+    WindowBias,
+)
 from flashbias.decompose import (
     DistillReport,
     HeadReport,
@@ -22,6 +29,7 @@ from flashbias.decompose import (
     distill,
 )
 from flashbias.factored import FactoredBias
+from flashbias.integrations import PatchReport, patch, supports, unpatch
 from flashbias.mixed import MixedBias
 
 __version__ = "0.1.0"
@@ -30,6 +38,7 @@ __all__ = [
     "Alibi",
     "CosineDifference",
     "DistillReport",
+    "EarthSpecificBias",
     "Explanation",
     "FactoredBias",
     "HeadReport",
@@ -37,6 +46,7 @@ __all__ = [
     "MixedBias",
     "NeuralBias",
     "NotLowRankError",
+    "PatchReport",
     "Plan",
     "RelativeBuckets",
     "Report",
@@ -50,6 +60,9 @@ __all__ = [
     "explain",
     "implementations",
     "multiplicative_attention",
+    "patch",
     "plan",
+    "supports",
+    "unpatch",
     "varlen_attention",
 ]

@@ -7,6 +7,7 @@ from flashbias.biases.base import About, Bias, Example, registry
 from flashbias.biases.buckets import RelativeBuckets, relative_bucket
 from flashbias.biases.cosine import CosineDifference
 from flashbias.biases.distance import SquaredDistance
+from flashbias.biases.earth import EarthSpecificBias
 from flashbias.biases.sum import Sum
 from flashbias.biases.window import WindowBias
 
@@ -15,6 +16,7 @@ __all__ = [
     "Alibi",
     "Bias",
     "CosineDifference",
+    "EarthSpecificBias",
     "Example",
     "RelativeBuckets",
     "SquaredDistance",
