@@ -5,3 +5,4 @@ from __future__ import annotations
 import pytest
 
 pytest.register_assert_rewrite("tests.integrations.transformers.suite")
+pytest.register_assert_rewrite("tests.integrations.transformers.vision")

@@ -36,6 +36,8 @@ class PatchedModelSuite:
     padding_side: ClassVar[str] = "left"
     softmax_in_float32: ClassVar[bool] = False
     """Whether the model takes the softmax in float32 even in float64, where a row without keys then is NaN."""
+    length: ClassVar[int] = LENGTH
+    """Number of queries and keys."""
     hidden_rows_differ: ClassVar[bool] = True
     """Rows of padding that see no key: zero when patched, some average when not. Nothing reads them."""
 
@@ -129,11 +131,11 @@ class PatchedModelSuite:
 
         model = self.make()
         with torch.no_grad():
-            with Squares() as before:
+            with Squares(self.length) as before:
                 self.result(model, given)
             patch(model)
             monkeypatch.setattr(attend, "attention", no_attention)
-            with Squares() as after:
+            with Squares(self.length) as after:
                 self.result(model, given)
         assert before.found, "the model without the patch forms none either, so this shows nothing"
         assert after.found == []
@@ -382,14 +384,15 @@ def snapshot(model: nn.Module) -> dict[str, dict[str, Any]]:
 class Squares(TorchDispatchMode):
     """Notes every tensor whose last two dimensions are queries × keys."""
 
-    def __init__(self) -> None:
+    def __init__(self, length: int) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.length, self.found = length, list[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in tensors_in(out):
-            if tensor.dim() >= 2 and min(tensor.shape[-2:]) >= LENGTH - 1 and tensor.shape[-1] <= LENGTH + 1:
+            square = tensor.dim() >= 2 and min(tensor.shape[-2:]) >= self.length - 1
+            if square and tensor.shape[-1] <= self.length + 1:
                 self.found.append(f"{func}: {tuple(tensor.shape)}")
         return out
 

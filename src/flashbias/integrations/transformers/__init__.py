@@ -1,7 +1,8 @@
-"""Language models of Hugging Face's `transformers`, one family per file.
+"""Models of Hugging Face's `transformers`, one family per file.
 
 What the families share: `masks.py` keeps masks at one entry per key, `attend.py` holds the two forms that a bias takes
-here and the call itself, `base.py` what has to change in a model besides its attentions.
+in language models and the call itself, `windows.py` tables of offsets and shifted windows, `base.py` what has to change
+in a model besides its attentions.
 """
 
 from __future__ import annotations

@@ -129,9 +129,9 @@ def attend(
 
     Args:
         module: the attention, patched; dropout acts if it is in training.
-        query: `[B, H, N, head_dim]`.
-        key: `[B, H_kv, M, head_dim]`.
-        value: `[B, H_kv, M, head_dim]`.
+        query: `[*batch, H, N, head_dim]`.
+        key: `[*batch, H_kv, M, head_dim]`.
+        value: `[*batch, H_kv, M, head_dim]`.
         bias: for N queries and M keys, or None.
         mask: as `masks.key_mask` returns it.
         is_causal: whether queries see no later key.
@@ -139,7 +139,7 @@ def attend(
         dropout_p: probability of dropping an attention weight in training.
 
     Returns:
-        `[B, N, H, head_dim]`.
+        `[*batch, N, H, head_dim]`.
     """
     options: dict[str, Any] = visibility(mask, query.shape[-2], key.shape[-2], is_causal)
     out = attention(
@@ -154,4 +154,4 @@ def attend(
         **options,
     )
     assert isinstance(out, Tensor)
-    return out.transpose(1, 2)
+    return out.transpose(-3, -2)

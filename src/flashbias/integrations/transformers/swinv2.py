@@ -1,0 +1,73 @@
+"""Swin Transformer V2: Scaling Up Capacity and Resolution, https://arxiv.org/abs/2111.09883.
+
+    score[h, i, j] = min(exp(logit_scale_h), 100) * cos(q_i, k_j)
+    b[h, i, j]     = 16 * sigmoid(mlp(offset(i, j)))_h  - 200 where a shift brought i and j together
+
+Exact through a table: the network is asked once for each offset, as the model does, and gradients reach it. The scale
+of a head multiplies the normalised queries. transformers adds the mask of -100 twice, and what it does is what counts.
+In every second layer that mask joins as factors of rank 3 (`windows.py`). transformers attends in the module itself, so
+the module's forward is replaced.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from flashbias.biases.base import wide_dtype
+from flashbias.integrations.transformers.windows import WindowedFamily, attend_in_windows, split_heads
+
+__all__ = ["SwinV2"]
+
+FILE = "transformers.models.swinv2.modeling_swinv2"
+HIDDEN = -200.0
+LARGEST_SCALE = 100.0
+
+
+def offset_table(attention: Any) -> Tensor:
+    """The bias at each offset, `[offsets, H]`, in the order of Swin's tables."""
+    values = attention.continuous_position_bias_mlp(attention.relative_coords_table)
+    return 16 * values.view(-1, attention.num_attention_heads).to(wide_dtype(values)).sigmoid()
+
+
+def forward(
+    attention: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    output_attentions: bool = False,
+    **kwargs: Any,
+) -> tuple[Tensor]:
+    """`Swinv2SelfAttention.forward` with the table of its network."""
+    projections = (attention.query, attention.key, attention.value)
+    query, key, value = (split_heads(project(hidden_states), attention.attention_head_size) for project in projections)
+    scale = attention.logit_scale.clamp(max=math.log(LARGEST_SCALE)).exp()
+    out = attend_in_windows(
+        attention,
+        (normalize(query, dim=-1) * scale).to(query.dtype),
+        normalize(key, dim=-1).to(key.dtype),
+        value,
+        offset_table(attention),
+        attention_mask,
+        hidden=HIDDEN,
+        scale=1.0,
+        dropout_p=attention.dropout.p,
+    )
+    return (out,)
+
+
+class SwinV2(WindowedFamily):
+    """Swin V2 encoders, and the models and backbones around them."""
+
+    name = "SwinV2"
+    attentions = (f"{FILE}.Swinv2SelfAttention",)
+    stacks = (f"{FILE}.Swinv2Encoder",)
+    layers = (f"{FILE}.Swinv2Layer",)
+    forward = staticmethod(forward)
+
+    def window_of(self, attention: Any) -> tuple[int, int]:
+        """Height and width of the windows."""
+        height, width = attention.window_size
+        return height, width
