@@ -31,6 +31,7 @@ from flashbias.decompose import (
 from flashbias.factored import FactoredBias
 from flashbias.integrations import PatchReport, patch, supports, unpatch
 from flashbias.mixed import MixedBias
+from flashbias.store import load, save
 
 __version__ = "0.1.0"
 
@@ -59,9 +60,11 @@ __all__ = [
     "distill",
     "explain",
     "implementations",
+    "load",
     "multiplicative_attention",
     "patch",
     "plan",
+    "save",
     "supports",
     "unpatch",
     "varlen_attention",

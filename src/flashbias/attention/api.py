@@ -123,6 +123,8 @@ def attention(
     if isinstance(bias, MixedBias):
         _check_tensors(query, key, value, enable_gqa)
         _check_bias(bias, query, key)
+        if attn_mask is not None:
+            attn_mask = _check_mask(attn_mask, query, key)
         return attend_by_groups(attend, query, key, value, bias, attn_mask)
     return attend(query, key, value, bias, attn_mask)
 
@@ -348,7 +350,7 @@ def _run(call: Call, impl: str) -> Tensor | tuple[Tensor, Tensor]:
 
 
 def _run_dense(call: Call, matrix: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-    return _result(call, *(empty_output(call) if call.is_empty else dense.run(call, matrix)))
+    return _result(call, *(empty_output(call, matrix) if call.is_empty else dense.run(call, matrix)))
 
 
 def _result(call: Call, out: Tensor, lse: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
@@ -475,6 +477,8 @@ def _check_heads(num_heads: int, num_kv_heads: int, enable_gqa: bool) -> None:
 
 
 def _check_kind(bias: object) -> None:
+    if isinstance(bias, MixedBias):
+        raise TypeError("bias is a MixedBias, which only `attention` takes; ask for one of its `parts`")
     if not isinstance(bias, FactoredBias):
         raise TypeError(
             f"bias must be a FactoredBias, got {type(bias)}; factor a dense bias first, with flashbias.compress "

@@ -162,10 +162,10 @@ def visible(difference: Tensor, left: int | None, right: int | None) -> Tensor:
     return keep
 
 
-def empty_output(call: Call) -> tuple[Tensor, Tensor | None]:
-    """The answer where nothing attends to anything: zeros, and a log-sum-exp of -inf; gradients are zero."""
+def empty_output(call: Call, *others: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The answer where nothing attends to anything: zeros, a log-sum-exp of -inf, and zero gradients (`others` too)."""
     shape = (*call.query.shape[:-1], call.value.shape[-1])
-    inputs = [call.query, call.key, call.value]
+    inputs = [call.query, call.key, call.value, *others]
     if call.bias is not None:
         inputs += [call.bias.phi_q, call.bias.phi_k]
         inputs += [] if call.bias.table is None else [call.bias.table]

@@ -62,9 +62,11 @@ def _masked(call: Call, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _backends(call: Call, mask: Tensor) -> list[SDPBackend]:
-    """Fastest first; cuDNN has no gradient for a mask."""
-    rest = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    """Fastest first. cuDNN has no gradient for a mask, and fused backward passes may add in any order."""
     needs_mask_grad = mask.requires_grad and torch.is_grad_enabled()
+    if call.deterministic and (needs_mask_grad or call.needs_grad()):
+        return [SDPBackend.MATH]
+    rest = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
     return rest if needs_mask_grad or call.dropout_p > 0 else [SDPBackend.CUDNN_ATTENTION, *rest]
 
 

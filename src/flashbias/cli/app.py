@@ -9,9 +9,12 @@ from typing import Annotated
 import typer
 
 import flashbias
+from flashbias.cli.analyze import analyze
 from flashbias.cli.bench import bench
 from flashbias.cli.demo import demo
+from flashbias.cli.factor import factor
 from flashbias.cli.info import info
+from flashbias.decompose import NotLowRankError
 
 __all__ = ["app", "run"]
 
@@ -26,6 +29,8 @@ app = typer.Typer(
 )
 app.command()(info)
 app.command()(demo)
+app.command()(analyze)
+app.command()(factor)
 app.command()(bench)
 
 
@@ -37,7 +42,8 @@ def flashbias_command(
 ) -> None:
     """Attention with an additive bias in linear memory: factors, not matrices.
 
-    Begin with `flashbias info`, which says what can run here, then `flashbias demo`.
+    Begin with `flashbias info`, which says what can run here, then `flashbias demo`. For a bias of your own,
+    `flashbias analyze` says what form it should have and `flashbias factor` stores it so.
     """
     if version:
         typer.echo(f"flashbias {flashbias.__version__}")
@@ -62,11 +68,13 @@ def run(arguments: Sequence[str]) -> int:
         return _complain(error.format_message(), error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         return _complain("interrupted", INTERRUPTED)
+    except NotLowRankError as error:  # a result rather than a mistake: there is nothing to write
+        return _complain(str(error), FAILED)
     except (ValueError, TypeError, NotImplementedError) as error:  # what the library says of an argument
         if "--debug" in arguments:
             raise
         return _complain(str(error), BAD_ARGUMENT)
-    except (OSError, RuntimeError, ModuleNotFoundError) as error:
+    except (OSError, RuntimeError, MemoryError, ModuleNotFoundError) as error:
         if "--debug" in arguments:
             raise
         return _complain(str(error), FAILED)

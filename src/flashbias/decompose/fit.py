@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from flashbias.decompose.bound import certificate, row_spread
+from flashbias.decompose.bound import certificate, row_spread, spread_allowed
 from flashbias.decompose.relative import Codes
 from flashbias.decompose.split import split
 from flashbias.decompose.svd import Factors, NestedSvd, centre_rows, smallest_rank, weighted_low_rank
@@ -21,6 +23,10 @@ SAMPLE_ROWS = 48
 """Rows that are looked at before all are: most ranks of a search are ruled out by these."""
 
 
+UNDERESTIMATE = 1.5
+"""The square of the last singular value that a randomised range finds may be too small by this factor."""
+
+
 @dataclass(frozen=True, eq=False)
 class Fit:
     """One representation of a head that was found.
@@ -29,11 +35,13 @@ class Fit:
         factors: `[N, R]` and `[M, R]` in the dtype in which they are kept.
         certificate: bound on the output's change, relative to the diameter of the values.
         table: `[T]` or None.
+        energy: share of the squared entries, rows centred, that is kept. A diagnostic alone.
     """
 
     factors: Factors
     certificate: float
     table: Tensor | None = None
+    energy: float = 1.0
 
     @property
     def rank(self) -> int:
@@ -71,10 +79,17 @@ class Head:
         if self.mask is not None:
             self.b = self.b.masked_fill(~self.mask, 0.0)
         self.generator = torch.Generator().manual_seed(self.seed)
-        single = self.b.numel() >= SINGLE_FROM[0] and self.tol >= SINGLE_FROM[1]
-        self._centred = self._centre(self.b).to(torch.float32 if single else torch.float64)
-        self._svd = NestedSvd(self._centred, self.generator)
+        self._weighted_fits: dict[int, Factors] = {}
         self._sample = slice(0, None, max(1, len(self.b) // SAMPLE_ROWS))
+
+    @cached_property
+    def _centred(self) -> Tensor:
+        single = self.b.numel() >= SINGLE_FROM[0] and self.tol >= SINGLE_FROM[1]
+        return self._centre(self.b).to(torch.float32 if single else torch.float64)
+
+    @cached_property
+    def _svd(self) -> NestedSvd:
+        return NestedSvd(self._centred, self.generator)
 
     # ---------------------------------------------------------------- how good is it
 
@@ -86,15 +101,6 @@ class Head:
             return float(_largest_change(error, self._read_weights()[rows]))
         return float(certificate(row_spread(error, mask).amax()))
 
-    def energy(self, fit: Fit) -> float:
-        """Share of the squared entries, rows centred, that factors keep. A diagnostic alone."""
-        whole = float(self._centred.square().sum())
-        if self._is_unweighted():
-            kept = float((fit.factors.left.double().square().sum(0) * fit.factors.right.double().square().sum(0)).sum())
-            return kept / whole if whole > 0 else 1.0
-        lost = float(self._centre(self._realise(fit.factors) - self.b).square().sum())
-        return 1.0 - lost / whole if whole > 0 else 1.0
-
     def extent(self) -> float:
         """Largest spread of a row: how far the bias can move a score against another."""
         return float(row_spread(self.b, self.mask).amax())
@@ -103,17 +109,22 @@ class Head:
 
     def low_rank(self, max_rank: int, dtype: torch.dtype) -> Fit | None:
         """Find the smallest rank that keeps the tolerance, its factors rounded to `dtype`; None up to `max_rank`."""
-        nothing = self._kept(Factors(self.b.new_zeros(len(self.b), 0), self.b.new_zeros(self.b.shape[1], 0)), dtype)
+        nothing = self._kept(self._no_factors(), dtype)
         if nothing is not None or max_rank < 1:
             return nothing
 
         def accepts(factors: Factors) -> bool:
             return self._kept(factors, dtype) is not None
 
-        found = smallest_rank(self._svd, accepts, max_rank)
-        if not self._is_unweighted() and (found is None or found.rank > 1):
-            found = smallest_rank(self._weighted, accepts, found.rank - 1 if found else max_rank) or found
-        return None if found is None else self._kept(found, dtype)
+        if self._is_unweighted():
+            found = smallest_rank(self._svd, accepts, max_rank, at_least=self._at_least)
+        else:
+            found = smallest_rank(self._svd, accepts, max_rank)
+            if found is None or found.rank > 1:
+                narrower = found.rank - 1 if found else max_rank
+                found = smallest_rank(self._weighted, accepts, narrower, nested=False) or found
+        fit = None if found is None else self._kept(found, dtype)
+        return None if fit is None else replace(fit, energy=self._energy(fit.factors))
 
     def rounded(self, fit: Fit, dtype: torch.dtype, max_rank: int) -> Fit | None:
         """Find factors of a coarser dtype that keep the tolerance: those of `fit`, and columns to make up for rounding.
@@ -137,13 +148,13 @@ class Head:
         def accepts(columns: Factors) -> bool:
             return self._kept(first.beside(columns.to(dtype)), dtype) is not None
 
-        columns = smallest_rank(more, accepts, max_rank - fit.rank)
+        columns = smallest_rank(more, accepts, max_rank - fit.rank, nested=self._is_unweighted())
         return None if columns is None else self._kept(first.beside(columns.to(dtype)), dtype)
 
-    def with_table(self, table: Tensor, codes: Codes) -> Fit:
-        """Certify a table that is given."""
-        none = Factors(self.b.new_zeros(len(self.b), 0), self.b.new_zeros(self.b.shape[1], 0))
-        return Fit(none, self.certify(_read(table, codes)), table)
+    def with_table(self, table: Tensor, codes: Codes) -> Fit | None:
+        """Take a table that is given, if it keeps the tolerance."""
+        fit = Fit(self._no_factors(), self.certify(_read(table, codes)), table)
+        return fit if fit.certificate <= self.tol else None
 
     def near_field(self, codes: Codes, half_width: int, max_rank: int, dtype: torch.dtype) -> Fit | None:
         """Find the smallest rank up to `max_rank` that keeps the tolerance beside a table of a given half width."""
@@ -161,11 +172,11 @@ class Head:
         found = smallest_rank(fitted, lambda f: fits[f.rank].certificate <= self.tol, max_rank, nested=False)
         return None if found is None else fits[found.rank]
 
-    def best_certificate(self, rank: int, dtype: torch.dtype) -> float:
-        """Certificate of the best factors of a rank."""
-        if rank not in self.tried:
-            self._certified(self._best(rank), dtype)
-        return self.tried[rank]
+    def explore(self, rank: int, dtype: torch.dtype) -> float:
+        """Certify the best factors of a rank and of some below it; the share of energy that the widest keep."""
+        for some in {rank >> 4, rank >> 2, rank} - {0}:
+            self._certified(self._best(some), dtype)
+        return self._energy(self._best(rank))
 
     # ---------------------------------------------------------------- private
 
@@ -187,7 +198,34 @@ class Head:
         return self._svd(rank) if self._is_unweighted() else self._weighted(rank)
 
     def _weighted(self, rank: int) -> Factors:
-        return weighted_low_rank(self._centred.double(), self._read_weights(), self._svd(rank).to(torch.float64))
+        if rank not in self._weighted_fits:
+            start = self._svd(rank).to(torch.float64)
+            self._weighted_fits[rank] = weighted_low_rank(self._centred.double(), self._read_weights(), start)
+        return self._weighted_fits[rank]
+
+    def _no_factors(self) -> Factors:
+        return Factors(self.b.new_zeros(len(self.b), 0), self.b.new_zeros(self.b.shape[1], 0))
+
+    def _energy(self, factors: Factors) -> float:
+        """Share of the squared entries, rows centred, that factors keep."""
+        whole = float(self._centred.double().square().sum())
+        if whole == 0.0:
+            return 1.0
+        if self._is_unweighted():
+            return float(factors.energies().sum()) / whole
+        return 1.0 - float(self._centre(self._realise(factors) - self.b).square().sum()) / whole
+
+    def _at_least(self, factors: Factors) -> int:
+        """A rank below which no factors keep the tolerance, judged from the leading ones.
+
+        A centred row of spread d has a mean square of at most d^2 / 4. So an error that keeps the tolerance has at
+        most a certain energy, and each further column takes no more off it than the last one did.
+        """
+        energies = factors.energies()
+        allowed = self.b.numel() * spread_allowed(self.tol) ** 2 / 4.0
+        missing = float(self._centred.double().square().sum() - energies.sum()) - allowed
+        last = UNDERESTIMATE * float(energies[-1])
+        return factors.rank + (math.ceil(missing / last) if missing > 0.0 < last else 1)
 
     def _kept(self, factors: Factors, dtype: torch.dtype) -> Fit | None:
         """The fit, if it keeps the tolerance."""

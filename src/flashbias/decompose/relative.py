@@ -175,7 +175,8 @@ def read_table(b: Tensor, codes: Codes, mask: Tensor | None = None) -> Tensor:
         mask: booleans `[N, M]`, True where an entry is read; None: everywhere.
 
     Returns:
-        `[T]`; entries that nothing reads repeat the nearest one that is read, so that tails can be constant.
+        `[T]`; an entry that nothing reads repeats the next one that is read (at the end the last one), so that tails
+        can be constant.
     """
     index = codes.index().flatten()
     values = b.flatten()
@@ -186,8 +187,10 @@ def read_table(b: Tensor, codes: Codes, mask: Tensor | None = None) -> Tensor:
     low = b.new_full((length,), math.inf).scatter_reduce_(0, index, values, "amin")
     high = b.new_full((length,), -math.inf).scatter_reduce_(0, index, values, "amax")
     seen = torch.nonzero(low <= high)[:, 0]
-    nearest = torch.searchsorted(seen, torch.arange(length, device=b.device)).clamp_(max=len(seen) - 1)
-    return ((low + high) / 2)[seen[nearest]]
+    if len(seen) == 0:
+        return b.new_zeros(length)
+    following = torch.searchsorted(seen, torch.arange(length, device=b.device)).clamp_(max=len(seen) - 1)
+    return ((low + high) / 2)[seen[following]]
 
 
 def trim_tails(table: Tensor, allowed: float) -> Tensor:

@@ -104,6 +104,28 @@ class Report:
         plain["heads"] = [asdict(h) for h in self.heads]
         return plain
 
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> Report:
+        """Read back what `to_dict` wrote, also after a detour through JSON.
+
+        Args:
+            plain: the fields.
+
+        Returns:
+            A report equal to the one written.
+
+        Raises:
+            ValueError: a field is missing, unknown, or of another kind.
+        """
+        try:
+            heads = tuple(
+                HeadReport(**{**h, "certificates": {int(rank): value for rank, value in h["certificates"].items()}})
+                for h in plain["heads"]
+            )
+            return cls(**{**plain, "shape": tuple(plain["shape"]), "heads": heads})
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise ValueError(f"these are not the fields of a report: {type(error).__name__}: {error}") from None
+
     def __str__(self) -> str:
         """One line for all, one for each head."""
         forms = sorted({h.form for h in self.heads})

@@ -54,6 +54,10 @@ class Factors:
         """Columns of both, so that the products add."""
         return Factors(torch.cat([self.left, other.left], dim=1), torch.cat([self.right, other.right], dim=1))
 
+    def energies(self) -> Tensor:
+        """Squared singular values, of factors that come from an SVD."""
+        return self.left.double().square().sum(0) * self.right.double().square().sum(0)
+
     def dense(self) -> Tensor:
         """The product, `[N, M]`."""
         return self.left @ self.right.mT
@@ -137,7 +141,12 @@ class NestedSvd:
 
 
 def smallest_rank(
-    factors_of: Callable[[int], Factors], accepts: Callable[[Factors], bool], max_rank: int, nested: bool = True
+    factors_of: Callable[[int], Factors],
+    accepts: Callable[[Factors], bool],
+    max_rank: int,
+    *,
+    nested: bool = True,
+    at_least: Callable[[Factors], int] | None = None,
 ) -> Factors | None:
     """Find the smallest rank whose factors are accepted.
 
@@ -149,15 +158,17 @@ def smallest_rank(
         accepts: the test.
         max_rank: largest rank to try, at least 1.
         nested: whether the first columns of factors are as good as the factors of that rank.
+        at_least: a rank below which nothing is accepted, judged from factors that were not; default: none is known.
 
     Returns:
         The factors, or None if no range's widest are accepted.
     """
     failed, width = 0, min(FIRST_WIDTH, max_rank)
     while not accepts(widest := factors_of(width)):
-        if width >= max_rank:
+        failed = width if at_least is None else max(width, at_least(widest) - 1)
+        if failed >= max_rank:
             return None
-        failed, width = width, min(4 * width, max_rank)
+        width = min(4 * failed, max_rank)
     best = widest  # its rank may be below the width, where the matrix has no more
     while best.rank - failed > 1:
         middle = (best.rank + failed) // 2
@@ -175,34 +186,40 @@ def weighted_low_rank(
     start: Factors,
     *,
     max_sweeps: int = 30,
-    patience: float = 1e-3,
+    patience: float = 0.02,
 ) -> Factors:
     """Fit `sum_ij weights[i, j] (b[i, j] - c[i] - left[i] . right[j])^2` by alternating least squares.
 
-    Each half of a sweep solves for one side exactly, the row's constant c with the left one, so the error never
-    rises. A sweep costs `N M (R + 1)^2` multiplications.
+    Each half of a sweep solves for one side exactly, the row's constant c with the left one. Where much is hidden
+    sweeps advance in small, steady steps; so each begins a little ahead in the direction of the last one (Nesterov's
+    momentum, dropped whenever the error rises). A sweep costs `N M (R + 1)^2` multiplications.
 
     Args:
         b: `[N, M]`; what has no weight is not read, and must be finite.
         weights: `[N, M]`, not negative.
         start: factors to begin with; their rank is kept.
         max_sweeps: most sweeps.
-        patience: stop when a sweep lowers the error by less than this share.
+        patience: stop when ten sweeps lower the error by less than this share.
 
     Returns:
-        Factors of the rank of `start`, balanced.
+        Factors of the rank of `start`, balanced: the best of all sweeps.
     """
-    left, right = start.left, start.right
-    before = torch.inf
-    for _ in range(max_sweeps):
-        solved = _solve_rows(b, weights, torch.cat([right, right.new_ones(right.shape[0], 1)], dim=1))
+    best, least = start, torch.inf  # least error so far
+    right = ahead = start.right
+    errors: list[float] = []
+    momentum = 0
+    for sweep in range(max_sweeps):
+        solved = _solve_rows(b, weights, torch.cat([ahead, ahead.new_ones(len(ahead), 1)], dim=1))
         left, constant = solved[:, :-1], solved[:, -1:]
-        right = _solve_rows((b - constant).mT, weights.mT, left)
-        error = float((weights * (b - constant - left @ right.mT).square()).sum())
-        if error >= (1.0 - patience) * before:
+        last, right = right, _solve_rows((b - constant).mT, weights.mT, left)
+        errors.append(float((weights * (b - constant - left @ right.mT).square()).sum()))
+        if errors[-1] < least:
+            best, least = Factors(left, right), errors[-1]
+        if sweep >= 10 and least >= (1.0 - patience) * min(errors[:-10]):
             break
-        before = error
-    return Factors.balanced(left, right)
+        momentum = momentum + 1 if errors[-1] == least else 0
+        ahead = right + momentum / (momentum + 3) * (right - last)
+    return Factors.balanced(best.left, best.right)
 
 
 CHUNK_ENTRIES = 1 << 22

@@ -35,6 +35,10 @@ def unavailable() -> str | None:
     if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
         capability = ".".join(map(str, torch.cuda.get_device_capability()))
         return f"the GPU has compute capability {capability}; kernels need 8.0 or newer"
+    from flashbias.attention.triton import assembler
+
+    if assembler.is_faulty() and assembler.replacement() is None:
+        return "Triton's ptxas makes faulty code for this GPU; set TRITON_PTXAS_PATH to one of CUDA 12.9 or newer"
     return None
 
 

@@ -23,10 +23,11 @@ import triton.language as tl
 
 from flashbias.attention.layout import Sharing
 from flashbias.attention.triton import table, window
+from flashbias.attention.triton.assembler import soundly_assembled
 from flashbias.attention.triton.configs import Config, choose
 from flashbias.attention.triton.dkdv import _bwd_dkdv_kernel
 from flashbias.attention.triton.dq import _bwd_dq_kernel
-from flashbias.attention.triton.operands import Operands, multiprocessors
+from flashbias.attention.triton.operands import Operands, flattened, multiprocessors
 from flashbias.attention.triton.primitives import LOG2E, load_tile
 
 
@@ -95,6 +96,7 @@ class Walk:
         return max(1, min(self.sharing.members, wanted))
 
 
+@soundly_assembled
 def launch(
     grads: list[torch.Tensor],
     dout: torch.Tensor,
@@ -116,7 +118,7 @@ def launch(
         *arguments: those that the operators share (`attention/registration.py`).
     """
     ops = Operands.of(*arguments)
-    dout = ops.flat(dout if dout.stride(-1) == 1 else dout.contiguous())
+    dout = flattened(dout)
     delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
     blocks = triton.cdiv(ops.seqlen_q, 64)
     out = ops.flat(out)

@@ -15,10 +15,13 @@ import torch
 if TYPE_CHECKING:
     from flashbias.attention.triton.operands import Operands
 
-__all__ = ["Config", "choose"]
+__all__ = ["WIDEST_SPLIT", "Config", "choose"]
 
 SHORT = 64
 """Sequences up to this length are one tile."""
+
+WIDEST_SPLIT = 128
+"""Widest heads whose float32 products are made of three in TF32: registers hold two parts of every operand then."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +61,13 @@ _HALF_WIDEST = {
     "dq": Config(64, 32, 8, 2),
     "dtable": Config(64, 32, 8, 2),
 }
-# float32 products are made of three in TF32; tiles of fewer than 64 rows take the older matrix instructions, which
-# need no transposed copies of float32 operands.
-_SINGLE = {64: Config(64, 64, 4, 2), 128: Config(32, 32, 4, 2)}
+# float32: few rows stream past those that stay, since registers hold two parts of each.
+_SINGLE = Config(64, 32, 4, 2)
+_SINGLE_DKDV = Config(32, 64, 4, 2)
 _SINGLE_WIDEST = Config(16, 16, 8, 2)
 
 _SHORT_FORWARD = Config(64, 64, 4, 1, 128)
-"""One tile, so nothing to pipeline: the only place where a single stage is safe (see `_fitted`)."""
+"""One tile, so nothing to pipeline."""
 _SHARED_DKDV = Config(32, 64, 4, 3, 128)
 _NO_BIAS_128 = Config(64, 64, 4, 3)
 
@@ -81,15 +84,17 @@ def choose(name: str, ops: Operands) -> Config:
     """
     if ops.q.device.type == "cpu":
         return INTERPRETER
-    return _fitted(_best(name, ops), ops)
+    return _fitted(name, _best(name, ops), ops)
 
 
 def _best(name: str, ops: Operands) -> Config:
     width = max(ops.block_d, ops.block_dv)
     if name == "forward" and ops.max_seqlen_q <= 16:
         return DECODE if width <= 128 and ops.is_half else replace(DECODE, block_n=16, num_stages=2)
+    if not ops.is_half and width > WIDEST_SPLIT:
+        return _SINGLE_WIDEST
     if not ops.is_half:
-        return _lookup(_SINGLE, width) or _SINGLE_WIDEST
+        return _SINGLE_DKDV if name == "dkdv" else _SINGLE
     if name == "forward" and max(ops.max_seqlen_q, ops.max_seqlen_k) <= SHORT and width <= 64:
         return _SHORT_FORWARD
     if name == "forward" and ops.factors is None and 64 < width <= 128:
@@ -105,29 +110,27 @@ def _lookup(table: dict[int, Config], width: int) -> Config | None:
     return next((config for limit, config in table.items() if width <= limit), None)
 
 
-def _fitted(config: Config, ops: Operands) -> Config:
-    """Give up stages, then rows, until the tiles fit into shared memory.
-
-    Two stages are kept: with one, Triton 3.6 lets a tile be overwritten while products still read it.
-    """
-    limit = _shared_memory(ops.q.device)
-    while _bytes(config, ops) > limit:
-        if config.num_stages > 2:
-            config = replace(config, num_stages=config.num_stages - 1)
-        elif config.block_n > 16:
-            config = replace(config, block_n=config.block_n // 2)
-        elif config.block_m > 16:
-            config = replace(config, block_m=config.block_m // 2)
-        else:
-            break
-    return config
+def _fitted(name: str, config: Config, ops: Operands) -> Config:
+    """Give up stages, then streamed rows, then resident rows, until the tiles fit into shared memory."""
+    keys_stay = name == "dkdv"
+    resident, streamed = (config.block_n, config.block_m) if keys_stay else (config.block_m, config.block_n)
+    stages, limit = config.num_stages, _shared_memory(ops.q.device)
+    while stages > 2 and _bytes(resident, streamed, stages, ops) > limit:
+        stages -= 1
+    while streamed > 16 and _bytes(resident, streamed, stages, ops) > limit:
+        streamed //= 2
+    while resident > 16 and _bytes(resident, streamed, stages, ops) > limit:
+        resident //= 2
+    block_m, block_n = (streamed, resident) if keys_stay else (resident, streamed)
+    return replace(config, block_m=block_m, block_n=block_n, num_stages=stages)
 
 
-def _bytes(config: Config, ops: Operands) -> int:
-    """Shared memory of a program, counted generously: resident rows, and streamed rows once for each stage."""
-    block_r = 0 if ops.factors is None else ops.factors.block_r
-    row = (ops.block_d + ops.block_dv + block_r) * (2 if ops.is_half else 8)
-    return row * (config.block_m + config.num_stages * config.block_n)
+def _bytes(resident: int, streamed: int, stages: int, ops: Operands) -> int:
+    """Shared memory of a program, counted generously: rows that stay, in float32 two parts of each, and that stream."""
+    columns = ops.block_d + ops.block_dv + (0 if ops.factors is None else ops.factors.block_r)
+    if ops.is_half:
+        return 2 * columns * (resident + stages * streamed)
+    return 4 * columns * (2 * resident + stages * streamed)
 
 
 @functools.cache

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from flashbias.attention.triton.assembler import soundly_assembled
 from flashbias.attention.triton.configs import choose
 from flashbias.attention.triton.operands import Operands
 from flashbias.attention.triton.primitives import (
@@ -428,6 +429,7 @@ def _combine_kernel(
     tl.store(lse_ptr + row, tl.where(total == 0.0, float("-inf"), top + tl.log(total)))
 
 
+@soundly_assembled
 def launch(out: torch.Tensor, lse: torch.Tensor, *arguments: Any) -> None:
     """Fill `out` and `lse`; the arguments are those that the operators share (`attention/registration.py`)."""
     ops = Operands.of(*arguments)

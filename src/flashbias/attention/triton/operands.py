@@ -16,9 +16,10 @@ from torch import Tensor
 
 from flashbias.attention import packing
 from flashbias.attention.layout import Sharing, flatten_heads, share
+from flashbias.attention.triton.configs import WIDEST_SPLIT
 from flashbias.attention.triton.pack import Factors
 
-__all__ = ["Operands"]
+__all__ = ["Operands", "flattened"]
 
 
 @functools.cache
@@ -93,9 +94,9 @@ class Operands:
             mask = flatten_heads(attn_mask).view(torch.uint8)
             sharing_mask = _shared(full, attn_mask)
         return cls(
-            _flat(query),
-            _flat(key),
-            _flat(value),
+            flattened(query),
+            flattened(key),
+            flattened(value),
             factors,
             None if table is None else table.float().contiguous(),
             None if code_q is None else code_q.to(torch.int32).contiguous(),
@@ -194,6 +195,12 @@ class Operands:
     def block_dv(self) -> int:
         """head_dim_v likewise."""
         return max(16, triton.next_power_of_2(self.head_dim_v))
+
+    @property
+    def precision(self) -> str:
+        """How float32 operands are multiplied: three TF32 products stand for one, but not in the widest heads."""
+        is_split = self.is_half or max(self.block_d, self.block_dv) <= WIDEST_SPLIT
+        return "tf32x3" if is_split and torch.version.hip is None else "ieee"
 
     def has_edge(self, length: int, block: int) -> bool:
         """Whether a walk over `length` in steps of `block` meets tiles that need bounds or masks."""
@@ -322,8 +329,7 @@ class Operands:
             "HAS_DROPOUT": self.dropout_p > 0.0,
             "PADDED_D": self.head_dim != self.block_d,
             "PADDED_DV": self.head_dim_v != self.block_dv,
-            # Three TF32 products stand for one in float32; the interpreter multiplies in float32 anyway.
-            "PRECISION": "tf32x3" if torch.version.hip is None else "ieee",
+            "PRECISION": self.precision,
             "INTERPRETED": interpreted,
             "BLOCK_D": self.block_d,
             "BLOCK_DV": self.block_dv,
@@ -331,7 +337,7 @@ class Operands:
         }
 
 
-def _flat(x: Tensor) -> Tensor:
+def flattened(x: Tensor) -> Tensor:
     """`[B, H, N, D]` with unit stride in the last dimension; a view where strides allow it."""
     x = x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
     return x if x.stride(-1) == 1 else x.contiguous()
