@@ -19,6 +19,7 @@ from flashbias.biases import (
     WindowBias,
 )
 from flashbias.decompose import (
+    CrossReport,
     DistillReport,
     HeadReport,
     LowRankBias,
@@ -26,6 +27,7 @@ from flashbias.decompose import (
     NotLowRankError,
     Report,
     compress,
+    compress_function,
     distill,
 )
 from flashbias.factored import FactoredBias
@@ -38,6 +40,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Alibi",
     "CosineDifference",
+    "CrossReport",
     "DistillReport",
     "EarthSpecificBias",
     "Explanation",
@@ -57,6 +60,7 @@ __all__ = [
     "Workload",
     "attention",
     "compress",
+    "compress_function",
     "distill",
     "explain",
     "implementations",

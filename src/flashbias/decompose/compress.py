@@ -97,7 +97,7 @@ def compress(
         >>> import torch, flashbias as fb
         >>> x = torch.linspace(0, 1, 96)
         >>> bias = fb.compress(torch.exp(-((x[:, None] - x) ** 2) * 20)[None], tol=1e-3, table=None)
-        >>> bias.rank < 12, bias.report.certificate <= 1e-3
+        >>> bias.rank < 20, bias.report.certificate <= 1e-3
         (True, True)
 
     Reference:

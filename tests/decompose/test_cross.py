@@ -1,0 +1,96 @@
+"""Factors of a function of coordinates, against the matrix that it never forms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashbias.decompose import NotLowRankError
+from flashbias.decompose.cross import compress_function
+
+
+def points(n: int, seed: int = 0) -> Tensor:
+    return torch.rand(n, 3, generator=torch.Generator().manual_seed(seed))
+
+
+def gaussian(x: Tensor, y: Tensor) -> Tensor:
+    return torch.exp(-torch.cdist(x, y).square() / 0.5)
+
+
+def matern(x: Tensor, y: Tensor) -> Tensor:
+    distance = 3**0.5 * torch.cdist(x, y)
+    return (1 + distance) * torch.exp(-distance)
+
+
+def distance(x: Tensor, y: Tensor) -> Tensor:
+    return -torch.cdist(x, y)
+
+
+@pytest.mark.parametrize(("f", "most"), [(gaussian, 30), (matern, 30), (distance, 110)])
+def test_every_entry_is_within_the_tolerance(f: Callable[[Tensor, Tensor], Tensor], most: int):
+    x = points(900)
+    bias = compress_function(f, x, tol=0.05)
+    true = f(x.double(), x.double())
+    error = (bias.dense(torch.float64)[0] - true).abs().max()
+    # The check of fresh entries is an estimate: what it has not seen may be a little worse.
+    assert error <= 1.1 * 0.05 * (true.max() - true.min())
+    assert bias.rank <= most
+    assert bias.report.is_met and bias.report.evaluations < 20 * 900 * 900
+
+
+def test_queries_and_keys_may_differ_and_heads_have_their_own_rank():
+    x, y = points(400), points(600, seed=1)
+    scales = torch.tensor([0.5, 4.0])[:, None, None]
+
+    def f(a: Tensor, b: Tensor) -> Tensor:
+        return torch.exp(-torch.cdist(a, b).square() * scales.to(a.dtype))
+
+    bias = compress_function(f, x, y, tol=0.02, num_heads=2)
+    assert bias.shape == (2, 400, 600)
+    assert bias.report.ranks[0] < bias.report.ranks[1]
+    torch.testing.assert_close(bias.dense(), f(x, y), rtol=0, atol=0.025)
+
+
+def test_the_function_is_asked_for_thin_blocks_only():
+    asked: list[int] = []
+
+    def f(a: Tensor, b: Tensor) -> Tensor:
+        asked.append(len(a) * len(b))
+        return gaussian(a, b)
+
+    compress_function(f, points(6000), tol=0.05)
+    assert max(asked) <= 6000 * 1100
+
+
+def test_noise_is_refused():
+    def noise(a: Tensor, b: Tensor) -> Tensor:
+        return torch.sin(1e5 * (a @ b.mT))
+
+    with pytest.raises(NotLowRankError, match="not of low rank"):
+        compress_function(noise, points(500), tol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tol": 0.0}, "tol must be"),
+        ({"tol": 1.5}, "tol must be"),
+        ({"q_coords": torch.zeros(5)}, "q_coords"),
+        ({"f": lambda a, b: torch.full((len(a), len(b)), torch.nan)}, "finite"),
+        ({"f": lambda a, b: torch.zeros(3, 4)}, "f must return|shape"),
+    ],
+)
+def test_bad_input(change: dict[str, object], message: str):
+    arguments: dict[str, object] = {"f": gaussian, "q_coords": points(50), "tol": 0.05} | change
+    with pytest.raises((ValueError, TypeError), match=message):
+        compress_function(arguments["f"], arguments["q_coords"], tol=arguments["tol"])  # type: ignore[arg-type]
+
+
+def test_the_same_seed_gives_the_same_factors_and_touches_no_other():
+    before = torch.get_rng_state()
+    first, again = (compress_function(gaussian, points(300), tol=0.05, seed=3) for _ in range(2))
+    assert torch.equal(first.phi_q, again.phi_q) and torch.equal(first.phi_k, again.phi_k)
+    assert torch.equal(torch.get_rng_state(), before)
