@@ -336,8 +336,10 @@ class _Search:
             heads, rows, columns = probe.values.shape
             left = skeleton.queries(probe.rows, whole, probe.values.new_zeros(heads, rows, width))
             right = skeleton.keys(probe.columns, whole, probe.values.new_zeros(heads, columns, width))
-            for of_head, *parts in zip(views, probe.values, left, right, skeleton.heads, strict=True):
-                of_head.append(View(*parts))
+            for of_head, target, phi_q, phi_k, head in zip(
+                views, probe.values, left, right, skeleton.heads, strict=True
+            ):
+                of_head.append(View(target, phi_q, phi_k, head))
         limits = [self.margin * limit for limit in self.limits]
         found = [
             fewest_columns(of_head, self.goal, skeleton.rank_cap, limit)
