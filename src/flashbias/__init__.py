@@ -34,8 +34,7 @@ from flashbias.factored import FactoredBias
 from flashbias.integrations import PatchReport, patch, supports, unpatch
 from flashbias.mixed import MixedBias
 from flashbias.store import load, save
-
-__version__ = "0.1.0"
+from flashbias.version import __version__ as __version__
 
 __all__ = [
     "Alibi",

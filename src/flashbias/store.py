@@ -26,12 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import flashbias
 from flashbias.decompose.cross import CrossReport
 from flashbias.decompose.report import Report
 from flashbias.factored import FactoredBias
 from flashbias.files import open_safetensors, safetensors_torch, whole_file
 from flashbias.mixed import MixedBias
+from flashbias.version import __version__
 
 __all__ = ["FORMAT", "load", "save"]
 
@@ -145,7 +145,7 @@ def _header(bias: FactoredBias | MixedBias) -> dict[str, str]:
     ]
     header = {
         "format": str(FORMAT),
-        "version": flashbias.__version__,
+        "version": __version__,
         "bias": json.dumps({"kind": type(bias).__name__, "groups": groups}),
         "ranks": _ranks(bias),
     }
@@ -190,7 +190,7 @@ def _check_format(header: Mapping[str, str], path: Path) -> None:
     if int(found) > FORMAT:
         raise ValueError(
             f"{path} has format {found}, written by flashbias {header.get(f'{OWN}version', '(unknown)')}; "
-            f"flashbias {flashbias.__version__} reads formats up to {FORMAT}: install a newer version"
+            f"flashbias {__version__} reads formats up to {FORMAT}: install a newer version"
         )
 
 

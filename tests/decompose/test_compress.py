@@ -499,7 +499,7 @@ class TestRefusal:
     def test_when_heads_want_different_forms(self):
         """One head pays in float32 alone, its rounding being too coarse, the other in bfloat16 alone."""
         b = torch.stack([300 * gaussian(60, sharpness=30), gaussian(60, sharpness=200)])
-        with pytest.raises(NotLowRankError, match="each head has a form that pays, but not all the same one"):
+        with pytest.raises(NotLowRankError, match="each head has factors that pay, but not all of one dtype"):
             compress(b, 1e-3, table=None)
         found = compress(b, 1e-3, table=None, allow_dense=True)
         holds(found, b, 1e-3)

@@ -209,12 +209,16 @@ class _Search:
             return self.request.line()
         for index in range(len(self.request)):
             extent = self.request.head(index).extent()
+            if extent == 0.0:
+                continue
             # Hidden entries may follow the rule as well; only if they do, it can be seen from all values.
             values = self.request.values(index)
-            found = find_codes(values, 1e-5 * extent) if extent > 0.0 and values is not None else None
-            if found is not None or (extent > 0.0 and not self.may_differ):
-                return found or (self.request.line() if self.request.mask is not None else None)
-        return None
+            found = None if values is None else find_codes(values, 1e-5 * extent)
+            if found is not None:
+                return found
+            if not self.may_differ:
+                break
+        return None if self.request.mask is None else self.request.line()
 
     def exact_table(self, codes: Codes) -> None:
         """A table and nothing else, if every head is relative."""
@@ -345,15 +349,22 @@ class _Search:
         request, count = self.request, len(self.request)
         groups, _ = cheapest_of_each([(option, option.costs) for option in self.options], count)
         report = self._report(groups, started, refused=True)
-        lost = [head.certificate for head in report.heads if head.form == "dense"]
-        dear = [head.rank for head in report.heads if head.form != "dense" and head.cost_ms >= head.dense_ms]
+        factors = [option for option in self.options if option.codes is None]
+        best = [min(option.costs[head] for option in factors) for head in range(count)]
+        lost = [min(self.evidence[h].certificates.values(), default=1.0) for h in range(count) if best[h] == math.inf]
+        dear = [
+            fit.rank
+            for option in factors
+            for fit, cost, least in zip(option.fits, option.costs, best, strict=True)
+            if fit is not None and self.prices.dense <= cost == least
+        ]
         reasons = [] if self.widest else ["not even one column pays"]
         if lost and self.widest:
             reasons.append(f"up to rank {self.widest} factors reach {_range(lost)} in {len(lost)} of {count} heads")
         if dear and self.widest:
             reasons.append(f"{len(dear)} of {count} heads need rank {_range(dear)}, which costs more")
         if not (lost or dear):
-            reasons.append("each head has a form that pays, but not all the same one")
+            reasons.append("each head has factors that pay, but not all of one dtype")
         tables = [sum(option.costs) for option in self.options if option.codes is not None]
         if tables:
             reasons.append(f"a table costs {min(tables) / self.prices.dense / count:.2g} times as much")

@@ -26,7 +26,6 @@ LARGEST = 256
 ENERGY = 0.99
 """Share of the squared entries whose rank is reported, because that is how ranks are often chosen."""
 
-
 LINE = 1e-6
 """Bound up to which a table along a line is taken for the bias itself."""
 
@@ -70,9 +69,8 @@ class HeadFigures:
 
     def certificate_at(self, rank: int) -> float:
         """Bound of the SVD at the largest certified rank up to `rank`."""
-        return max(((r, c) for r, c in zip(self.ranks, self.certificates, strict=True) if r <= rank), default=(0, 1.0))[
-            1
-        ]
+        within = [c for r, c in zip(self.ranks, self.certificates, strict=True) if r <= rank]
+        return within[-1] if within else 1.0
 
     def rank_for(self, tol: float) -> int | None:
         """Smallest rank whose bound is within `tol`, None if none of those that were certified is."""
@@ -161,9 +159,10 @@ def _one_head(bias: FactoredBias, head: int) -> FactoredBias:
         return tensor[[head if len(tensor) > 1 else 0]]
 
     rank = bias.rank if bias.ranks is None else bias.ranks[head]
+    width = max(rank, bias.table is None)  # without a table there must be a column, of zeros where the head has none
     return FactoredBias(
-        pick(bias.phi_q)[..., :rank] if rank or bias.table is not None else pick(bias.phi_q)[..., :1] * 0,
-        pick(bias.phi_k)[..., : max(rank, bias.table is None)],
+        pick(bias.phi_q)[..., :width] * (rank > 0),
+        pick(bias.phi_k)[..., :width],
         None if bias.table is None else pick(bias.table),
         bias.code_q,
         bias.code_k,
@@ -225,6 +224,8 @@ def _refused(b: Tensor, entry: HeadReport, mask: Tensor | None) -> tuple[Tensor,
         return read_table(b, codes, mask)[codes.index()], "the table"
     generator = torch.Generator().manual_seed(0)
     what = f"factors of rank {entry.rank}" + (", which do not do" if entry.form == "dense" else "")
+    if entry.rank == 0:
+        return torch.zeros_like(b), what
     if mask is None:
         return truncated_svd(centre_rows(b).to(torch.float32), entry.rank, generator).dense().double(), what
     weights = mask.to(b.dtype)

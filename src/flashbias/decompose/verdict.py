@@ -81,9 +81,9 @@ def rank_alone(head: HeadFigures, tol: float) -> str:
 
 
 def _moved(certificate: float) -> str:
-    return "no output moves" + (
-        "" if certificate < EXACT else f" by more than {bound(certificate)} of the diameter of its values"
-    )
+    if certificate < EXACT:
+        return "no output moves"
+    return f"no output moves by more than {bound(certificate)} of the diameter of its values"
 
 
 def _alone(head: HeadFigures, tol: float) -> str:
