@@ -259,7 +259,11 @@ class TestVerdict:
     def test_reasons_are_given_for_a_refusal_alone(self, analyses: dict[str, Analysis]) -> None:
         assert verdict.reasons([analyses["low rank"]], [""]) == []
         pays, energy, table = verdict.reasons([analyses["refused"]], [""])
-        assert re.match(r"Factors pay up to rank \d+, where the certificate of head \d is 0\.\d+\.", pays)
+        assert re.match(r"Factors were tried up to rank 12, where the certificate of head \d is (?:1|0\.\d+)\. For", pays)
+        costly = replace(analyses["refused"], report=replace(analyses["refused"].report, break_even_rank=9))
+        assert verdict.reasons([costly], [""])[0].startswith("Factors pay up to rank 9, where")
+        none = replace(analyses["refused"], report=replace(analyses["refused"].report, break_even_rank=0))
+        assert verdict.reasons([none], [""])[0].startswith("Not even one column")
         assert re.search(r"keeps 99 % of it at rank \d+, where the certificate is still", energy)
         assert table.startswith("It is no relative bias")
         named = verdict.reasons([analyses["table"], analyses["refused"]], ["a", "b"])

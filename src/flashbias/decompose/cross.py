@@ -342,7 +342,7 @@ class _Search:
                 of_head.append(View(target, phi_q, phi_k, head))
         limits = [self.margin * limit for limit in self.limits]
         found = [
-            fewest_columns(of_head, self.goal, skeleton.rank_cap, limit)
+            fewest_columns(of_head, self.goal, self.rank_cap, limit)
             for of_head, limit in zip(views, limits, strict=True)
         ]
         return found, views

@@ -153,29 +153,29 @@ class View:
         return (self.left[:, :rank] / root) @ lifting @ (self.right[:, :rank] / root).mT
 
 
-def fewest_columns(views: list[View], goal: Goal, rank_cap: int, limit: float) -> tuple[Truncation, float]:
+def fewest_columns(views: list[View], goal: Goal, column_cap: int, limit: float) -> tuple[Truncation, float]:
     """Find the fewest columns, to 1 %, with which the error keeps the limit.
 
     Args:
         views: one head on each probe.
         goal: how errors count.
-        rank_cap: most columns.
+        column_cap: most columns, one for a shift included.
         limit: error that is allowed.
 
     Returns:
         The truncation and its error; if none keeps the limit, the most columns and what they leave.
     """
-    best, bad = _fitted(views, goal, min(rank_cap, len(views[0].head.sigma)), rank_cap, limit), -1
+    best, bad = _fitted(views, goal, min(column_cap, len(views[0].head.sigma)), column_cap, limit), -1
     while best[1] <= limit and best[0].rank - bad > 1 + best[0].rank // 100:
-        middle = _fitted(views, goal, (bad + best[0].rank) // 2, rank_cap, limit)
+        middle = _fitted(views, goal, (bad + best[0].rank) // 2, column_cap, limit)
         best, bad = (middle, bad) if middle[1] <= limit else (best, middle[0].rank)
     return best
 
 
-def _fitted(views: list[View], goal: Goal, rank: int, rank_cap: int, limit: float) -> tuple[Truncation, float]:
+def _fitted(views: list[View], goal: Goal, rank: int, column_cap: int, limit: float) -> tuple[Truncation, float]:
     """Keep `rank` singular values, lifted and shifted as suits them if they are not enough by themselves."""
     errors = [view.error(Truncation(rank)) for view in views]
-    may_shift = goal.by_entry and rank < rank_cap
+    may_shift = goal.by_entry and rank < column_cap
     plain = _size(errors, goal, may_shift)
     lift = 0.0
     if rank and limit < plain < REACH * limit:

@@ -198,14 +198,16 @@ def refusal_of(report: Report) -> str:
 
 def _reasons_of(a: Analysis) -> list[str]:
     tol, pays = a.report.tol, a.report.break_even_rank
-    worst = max(a.heads, key=lambda h: h.certificate_at(pays))
+    tried = max((h.report.rank for h in a.heads if h.report.form == "dense"), default=pays)
+    limit = min(pays, tried)
+    worst = max(a.heads, key=lambda h: h.certificate_at(limit))
     lines = []
     if pays < 1:
         lines.append("Not even one column of factors costs less than reading the matrix here.")
     else:
-        reached = worst.certificate_at(pays)
         lines.append(
-            f"Factors pay up to rank {pays}, where the certificate of head {worst.report.head} is {bound(reached)}. "
+            f"Factors {'pay' if limit == pays else 'were tried'} up to rank {limit}, where the certificate of head "
+            f"{worst.report.head} is {bound(worst.certificate_at(limit))}. "
             f"For {tol:g} it takes rank {_alone(worst, tol)} of {min(a.report.shape[-2:])}."
         )
     energy_bound = worst.certificate_at(worst.energy_rank)
