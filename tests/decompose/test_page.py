@@ -259,7 +259,8 @@ class TestVerdict:
     def test_reasons_are_given_for_a_refusal_alone(self, analyses: dict[str, Analysis]) -> None:
         assert verdict.reasons([analyses["low rank"]], [""]) == []
         pays, energy, table = verdict.reasons([analyses["refused"]], [""])
-        assert re.match(r"Factors were tried up to rank 12, where the certificate of head \d is (?:1|0\.\d+)\. For", pays)
+        reached = r"Factors were tried up to rank 12, where the certificate of head \d is (?:1|0\.\d+)\. For"
+        assert re.match(reached, pays)
         costly = replace(analyses["refused"], report=replace(analyses["refused"].report, break_even_rank=9))
         assert verdict.reasons([costly], [""])[0].startswith("Factors pay up to rank 9, where")
         none = replace(analyses["refused"], report=replace(analyses["refused"].report, break_even_rank=0))
