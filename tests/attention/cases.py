@@ -46,6 +46,18 @@ WIDTHS = [
     Case("rank-200-float32", rank=200, batch=(1,), heads=1),
     Case("ranks-per-head", rank=33, heads=3, batch=(1,), ranks=(33, 1, 8)),
     Case("ranks-per-head-same", rank=7, heads=3, batch=(1,), ranks=(0, 7, 3), same_dtype=True),
+    Case(
+        "ranks-per-head-centred",
+        n=5,
+        m=150,
+        rank=7,
+        heads=3,
+        batch=(1,),
+        ranks=(0, 7, 3),
+        table=9,
+        fixed=True,
+        core=True,
+    ),
     Case("ranks-per-head-wide", rank=200, n=19, heads=2, batch=(1,), ranks=(200, 5), same_dtype=True),
 ]
 

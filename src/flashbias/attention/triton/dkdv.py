@@ -308,7 +308,7 @@ def _bwd_dkdv_kernel(
                         if TILE_CENTRED:
                             offset = tile_offset(
                                 raw_q_base, raw_k_base, start_m, start_n, offs_m, n_q, n_k, stride_raw_qn,
-                                stride_raw_qr, stride_raw_kn, stride_raw_kr, rank, BLOCK_RANK, CENTRE_TILE,
+                                stride_raw_qr, stride_raw_kn, stride_raw_kr, used, BLOCK_RANK, CENTRE_TILE,
                             )[None, :]  # fmt: skip
                         q_code = offs_m
                         if HAS_TABLE:

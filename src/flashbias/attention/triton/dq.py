@@ -294,7 +294,7 @@ def _bwd_dq_kernel(
                         if TILE_CENTRED:
                             offset = tile_offset(
                                 raw_q_base, raw_k_base, start_m, start_n, offs_m, n_q, n_k, stride_raw_qn,
-                                stride_raw_qr, stride_raw_kn, stride_raw_kr, rank, BLOCK_RANK, CENTRE_TILE,
+                                stride_raw_qr, stride_raw_kn, stride_raw_kr, used, BLOCK_RANK, CENTRE_TILE,
                             )[:, None]  # fmt: skip
                         k_code = offs_n
                         if HAS_TABLE:
@@ -319,7 +319,7 @@ def _bwd_dq_kernel(
                                 # The operand is phi_k - c; the gradient belongs to phi_k - c_ref.
                                 step = centre_step(
                                     raw_k_base, start_m, start_n, first_column + offs_g, n_q, n_k,
-                                    stride_raw_kn, stride_raw_kr, rank, CENTRE_TILE,
+                                    stride_raw_kn, stride_raw_kr, used, CENTRE_TILE,
                                 )  # fmt: skip
                                 dphi += tl.sum(ds, 1)[:, None] * step[None, :]
 

@@ -155,7 +155,7 @@ def _fwd_range(
             if TILE_CENTRED:
                 offset = tile_offset(
                     raw_phi_q_ptr, raw_phi_k_ptr, start_m, start_n, offs_m, seqlen_q, seqlen_k, stride_raw_qn,
-                    stride_raw_qr, stride_raw_kn, stride_raw_kr, rank, BLOCK_RANK, CENTRE_TILE,
+                    stride_raw_qr, stride_raw_kn, stride_raw_kr, used, BLOCK_RANK, CENTRE_TILE,
                 )  # fmt: skip
                 s += offset[:, None] * LOG2E
             if HAS_TABLE:

@@ -25,6 +25,9 @@ __all__ = ["Factors"]
 WIDEST_CHUNK = 128
 """Packed columns that a kernel holds at once; wider factors go chunk by chunk."""
 
+FLOATS_OF_A_LOAD = 4
+"""A thread loads 16 bytes at once."""
+
 
 @triton.jit
 def _pack_kernel(
@@ -134,7 +137,7 @@ class Factors:
         terms = packing.products(rank, dtype)
         operand_dtype = torch.bfloat16 if dtype in HALF else torch.float32
         block_r = _block(rank * len(terms), WIDEST_CHUNK if dtype in HALF else WIDEST_CHUNK // 2)
-        width = triton.cdiv(rank * len(terms), block_r) * block_r
+        width = _width(rank * len(terms), block_r, operand_dtype)
         packed_q = _packed(raw_q, scale, [a for a, _ in terms], operand_dtype, width, None)
         tile = packing.CENTRE_TILE if tiled else raw_k.shape[-2] if centred else 0
         packed_k = _packed(raw_k, scale, [b for _, b in terms], operand_dtype, width, tile)
@@ -147,6 +150,13 @@ def _mode(scale: float, dtype: torch.dtype, chunked: bool) -> int:
     """An exact way to S / scale: float16 could leave its range when multiplied, other scales are not exact."""
     exact = packing.is_power_of_two(scale) and dtype == torch.bfloat16 and not chunked
     return EXACT.value if exact else UNSCALED.value
+
+
+def _width(columns: int, block_r: int, dtype: torch.dtype) -> int:
+    """Columns to store: whole chunks, so that loads need no mask; a float32 factor is not blown up for that."""
+    if dtype == torch.float32 and columns < block_r:
+        return triton.cdiv(columns, FLOATS_OF_A_LOAD) * FLOATS_OF_A_LOAD
+    return triton.cdiv(columns, block_r) * block_r
 
 
 def _block(columns: int, widest: int = WIDEST_CHUNK) -> int:
@@ -165,7 +175,7 @@ def _packed(
     constant = centre_tile is None and x.stride(-2) == 0
     rows = 1 if constant else length
     out = x.new_empty(x.shape[0], rows, width, dtype=dtype)
-    block_n, block_c = 64, min(width, 64)
+    block_n, block_c = 64, min(triton.next_power_of_2(width), 64)
     grid = (x.shape[0] * triton.cdiv(rows, block_n), triton.cdiv(width, block_c))
     _pack_kernel[grid](
         x,

@@ -199,7 +199,7 @@ def _bwd_dtable_kernel(
                 if TILE_CENTRED:
                     offset = tile_offset(
                         raw_phi_q_ptr + f_q * stride_raw_qf, raw_phi_k_ptr + f_k * stride_raw_kf, start_m, start_n,
-                        offs_m, n_q, n_k, stride_raw_qn, stride_raw_qr, stride_raw_kn, stride_raw_kr, rank,
+                        offs_m, n_q, n_k, stride_raw_qn, stride_raw_qr, stride_raw_kn, stride_raw_kr, used,
                         BLOCK_RANK, CENTRE_TILE,
                     )[:, None]  # fmt: skip
                 if PHI_CHUNKS == 1:
