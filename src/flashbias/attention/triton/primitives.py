@@ -339,7 +339,9 @@ def tile_offset(
     inside = ((start_m + offs_m) < seqlen_q)[:, None] & (cols < rank)[None, :]
     ptrs = raw_q_ptr + tl.cast(start_m, tl.int64) * stride_q + offs_m[:, None] * stride_q + cols[None, :] * stride_qr
     phi_q = tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
-    return tl.sum(phi_q * step[None, :], axis=1)
+    # Lanes share a row. Without the where, the last product of each would be fused into its first addition: every lane
+    # would round another one, and they would write different sums to one address.
+    return tl.sum(tl.where(inside, phi_q * step[None, :], 0.0), axis=1)
 
 
 @triton.jit
