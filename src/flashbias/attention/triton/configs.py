@@ -53,7 +53,7 @@ _HALF = {
     },
     "dq": {32: Config(64, 64, 4, 3, 128), 64: Config(64, 64, 4, 3), 128: Config(128, 64, 8, 3)},
     "dtable": {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2)},
-    "window": {64: Config(64, 64, 4, 2, 168)},
+    "window": {64: Config(64, 64, 4, 2)},
 }
 _HALF_WIDEST = {
     "forward": Config(64, 32, 4, 2),
@@ -66,9 +66,9 @@ _SINGLE = Config(64, 32, 4, 2)
 _SINGLE_DKDV = Config(32, 64, 4, 2)
 _SINGLE_WIDEST = Config(16, 16, 8, 2)
 
-_SHORT_FORWARD = Config(64, 64, 4, 1, 128)
-"""One tile, so nothing to pipeline."""
-_SHARED_DKDV = Config(32, 64, 4, 3, 128)
+_SHORT_FORWARD = Config(64, 64, 4, 1, 80)
+"""One tile, so nothing to pipeline: what counts is how many programs fit beside each other."""
+_SHARED_DKDV = Config(32, 128, 4, 3)
 _NO_BIAS_128 = Config(64, 64, 4, 3)
 
 
@@ -96,7 +96,7 @@ def _best(name: str, ops: Operands) -> Config:
     if not ops.is_half:
         return _SINGLE_DKDV if name == "dkdv" else _SINGLE
     if name == "forward" and max(ops.max_seqlen_q, ops.max_seqlen_k) <= SHORT and width <= 64:
-        return _SHORT_FORWARD
+        return replace(_SHORT_FORWARD, maxnreg=128) if ops.has_extras or width > 32 else _SHORT_FORWARD
     if name == "forward" and ops.factors is None and 64 < width <= 128:
         return _NO_BIAS_128
     if name == "dkdv" and ops.sharing_k.members > 1 and width <= 32 and ops.factors is not None:
