@@ -243,6 +243,10 @@ def test_file_opens_with_its_paper(family: str):
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "Sum"])
 @pytest.mark.parametrize("num_heads", [0, -1, 2.0])
 def test_rejects_a_bad_number_of_heads(family: str, num_heads: int):
-    arguments = {"window": (2, 2)} if family == "WindowBias" else {}
+    arguments = {
+        "RegionMask": {"num_regions": 2},
+        "ShiftedWindowMask": {"size": (4, 4), "window": (2, 2)},
+        "WindowBias": {"window": (2, 2)},
+    }
     with pytest.raises(ValueError, match="num_heads"):
-        FAMILIES[family](num_heads, **arguments)
+        FAMILIES[family](num_heads, **arguments.get(family, {}))

@@ -8,6 +8,7 @@ from flashbias.biases.buckets import RelativeBuckets, relative_bucket
 from flashbias.biases.cosine import CosineDifference
 from flashbias.biases.distance import SquaredDistance
 from flashbias.biases.earth import EarthSpecificBias
+from flashbias.biases.regions import RegionMask, ShiftedWindowMask
 from flashbias.biases.sum import Sum
 from flashbias.biases.window import WindowBias
 
@@ -18,7 +19,9 @@ __all__ = [
     "CosineDifference",
     "EarthSpecificBias",
     "Example",
+    "RegionMask",
     "RelativeBuckets",
+    "ShiftedWindowMask",
     "SquaredDistance",
     "Sum",
     "WindowBias",

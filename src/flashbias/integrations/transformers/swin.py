@@ -2,9 +2,9 @@
 
     b[h, i, j] = relative_position_bias_table[offset(i, j), h]  - 100 where a shift brought i and j together
 
-Exact through a table; in every second layer the shift's mask joins it as factors of rank 3 (`windows.py`). transformers
-attends through its AttentionInterface, but spreads the mask over images, heads and pairs before, so the module's
-forward is replaced.
+Exact through a table; in every second layer the shift's mask joins it as factors of rank 3 (`biases/regions.py`).
+transformers attends through its AttentionInterface, but spreads the mask over images, heads and pairs before, so the
+module's forward is replaced.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from flashbias.integrations.transformers.windows import WindowedFamily, attend_i
 __all__ = ["Swin"]
 
 FILE = "transformers.models.swin.modeling_swin"
-HIDDEN = -100.0
+PENALTY = 100.0
 
 
 def forward(
@@ -34,7 +34,7 @@ def forward(
         value,
         attention.relative_position_bias.relative_position_bias_table,
         attention_mask,
-        hidden=HIDDEN,
+        penalty=PENALTY,
         scale=attention.scaling,
         dropout_p=attention.attention_dropout,
     )

@@ -5,8 +5,8 @@
 
 Exact through a table: the network is asked once for each offset, as the model does, and gradients reach it. The scale
 of a head multiplies the normalised queries. transformers adds the mask of -100 twice, and what it does is what counts.
-In every second layer that mask joins as factors of rank 3 (`windows.py`). transformers attends in the module itself, so
-the module's forward is replaced.
+In every second layer that mask joins as factors of rank 3 (`biases/regions.py`). transformers attends in the module
+itself, so the module's forward is replaced.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from flashbias.integrations.transformers.windows import WindowedFamily, attend_i
 __all__ = ["SwinV2"]
 
 FILE = "transformers.models.swinv2.modeling_swinv2"
-HIDDEN = -200.0
+PENALTY = 200.0
 LARGEST_SCALE = 100.0
 
 
@@ -51,7 +51,7 @@ def forward(
         value,
         offset_table(attention),
         attention_mask,
-        hidden=HIDDEN,
+        penalty=PENALTY,
         scale=1.0,
         dropout_p=attention.dropout.p,
     )

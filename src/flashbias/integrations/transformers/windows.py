@@ -1,21 +1,15 @@
 """What vision models share: tables over offsets in a window, the mask of shifted windows, and the layout of windows.
 
-Shifted windows. Swin rolls the image by half a window, so the last windows of each axis hold tokens from two opposite
-edges, which must not see each other. With a side s = +1 before the edge and -1 beyond it on each axis,
-
-    [same side on both axes]  =  (1 + s_y t_y) (1 + s_x t_x) / 4
-    b[window, i, j]           =  hidden * (1 - [same side])
-                              =  -hidden / 4 * (s_y t_y + s_x t_x + s_y s_x t_y t_x)  + constant
-
-for a query at s and a key at t: rank 3, one set of columns for queries and keys, shared by all heads and images. All
-its numbers are exact in bfloat16. The masks [windows, N, N] are not formed.
+Shifted windows. In place of their masks `[windows, N, N]` the layers hand out which region each token is in,
+`[windows, N]`; `flashbias.biases.regions` says which regions these are, and how they become factors of rank 3, shared
+by all heads and images.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -23,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from flashbias.biases.base import wide_dtype
+from flashbias.biases.regions import region_factors, shifted_window_regions
 from flashbias.biases.window import WindowBias
 from flashbias.factored import FactoredBias
 from flashbias.integrations.base import SETTINGS, Changes, Options, known_class
@@ -31,8 +26,8 @@ from flashbias.integrations.transformers.base import TransformersFamily
 
 __all__ = ["Window", "WindowSettings", "WindowedFamily", "attend_in_windows", "split_heads"]
 
-SIDES = 3
-"""Columns of the mask of shifted windows."""
+REGIONS = 4
+"""Of a window: both axes are shifted, and each has two sides."""
 
 
 class Window:
@@ -107,10 +102,10 @@ class WindowedFamily(TransformersFamily, register=False):
         return super().unsupported(model, attention)
 
     def prepare(self, model: nn.Module, changes: Changes) -> None:
-        """Also: let the layers hand out sides in place of masks."""
+        """Also: let the layers hand out regions in place of masks."""
         super().prepare(model, changes)
         for layer in self._layers_of(model):
-            changes.set(layer, "get_attn_mask", partial(sides, layer))
+            changes.set(layer, "get_attn_mask", partial(regions_of, layer))
 
     def change(self, attention: Any, options: Options, changes: Changes) -> None:
         """Replace the forward."""
@@ -125,8 +120,10 @@ class WindowedFamily(TransformersFamily, register=False):
         return (module for module in model.modules() if known_class(module, self.layers) is not None)
 
 
-def sides(layer: Any, height: int, width: int, dtype: torch.dtype, device: torch.device | None = None) -> Tensor | None:
-    """In place of a layer's `get_attn_mask`: on which side of each edge the tokens of every window came from.
+def regions_of(
+    layer: Any, height: int, width: int, dtype: torch.dtype, device: torch.device | None = None
+) -> Tensor | None:
+    """In place of a layer's `get_attn_mask`: in which region of its window each token is.
 
     Args:
         layer: has `window_size` and `shift_size`.
@@ -136,18 +133,12 @@ def sides(layer: Any, height: int, width: int, dtype: torch.dtype, device: torch
         device: where the result lives.
 
     Returns:
-        `[windows, N, 3]`, or None in a layer without a shift.
+        `[windows, N]`, or None in a layer without a shift.
     """
     if layer.shift_size <= 0:
         return None
-    y, x = (
-        1 - 2 * (torch.arange(length, device=device) >= length - layer.shift_size).to(torch.bfloat16)
-        for length in (height, width)
-    )
-    y, x = torch.broadcast_tensors(y[:, None], x[None, :])
-    image, size = torch.stack([y, x, y * x], dim=-1), layer.window_size
-    windows = image.view(height // size, size, width // size, size, SIDES).transpose(1, 2)
-    return windows.reshape(-1, size * size, SIDES)
+    window, shift = (layer.window_size,) * 2, (layer.shift_size,) * 2
+    return shifted_window_regions((height, width), window, shift, device)
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
@@ -163,7 +154,7 @@ def attend_in_windows(
     weight: Tensor,
     mask: Tensor | None,
     *,
-    hidden: float,
+    penalty: float,
     scale: float,
     dropout_p: float,
 ) -> Tensor:
@@ -175,8 +166,8 @@ def attend_in_windows(
         key: likewise.
         value: likewise.
         weight: the table of offsets, `[offsets, H]`.
-        mask: what `sides` gave the layer, or None.
-        hidden: what the model adds to the score of a pair from two edges; negative.
+        mask: what `regions_of` gave the layer, or None.
+        penalty: what the model takes off the score of a pair from two regions.
         scale: factor of the dot products.
         dropout_p: probability of dropping an attention weight in training.
 
@@ -190,12 +181,14 @@ def attend_in_windows(
     assert isinstance(settings, WindowSettings) and settings.window is not None
     bias = settings.window.bias(weight)
     if mask is not None:
-        if mask.shape[-1] != SIDES:
+        if mask.dim() != 2:
             raise ValueError(
-                f"attention_mask must be what the patched layer makes, [windows, N, {SIDES}], got {tuple(mask.shape)}; "
+                f"attention_mask must be what the patched layer makes, [windows, N], got {tuple(mask.shape)}; "
                 "call the layer, not its attention"
             )
         query, key, value = (x.unflatten(0, (-1, len(mask))) for x in (query, key, value))
-        bias = replace(bias, phi_q=(-hidden / 4 * mask)[:, None], phi_k=mask[:, None])
+        numbers = torch.arange(REGIONS, device=mask.device)
+        # 100 and 200 are exact in bfloat16, which needs the fewest columns.
+        bias = bias + region_factors(mask[:, None], mask[:, None], numbers, penalty, torch.bfloat16)
     out = attend(module, query, key, value, bias, None, is_causal=False, scale=scale, dropout_p=dropout_p).flatten(-2)
     return out if mask is None else out.flatten(0, 1)
