@@ -95,9 +95,9 @@ def test_render_shows_memory_reasons_and_environment(run_csv):
     assert memory["dense bias"] == "2048"
     assert memory["no bias, fastest peer"] == "–"
     assert text.startswith("Measured on NVIDIA H200, torch 2.11.0, measured 2026-01-02, commit 0123456789.")
-    assert "- oom: `dense/sdpa-efficient` (full-64 fwd bfloat16)" in text
-    assert "- unsupported: index overflow beyond 2^31 elements: `dense/flex` (mesh-32k fwd bfloat16)" in text
-    assert "- wrong: `concat/fa4` (mesh-32k fwd bfloat16)" in text
+    assert "- oom: `dense/sdpa-efficient` (fwd: full-64)" in text
+    assert "- unsupported: index overflow beyond 2^31 elements: `dense/flex` (fwd: mesh-32k)" in text
+    assert "- wrong: `concat/fa4` (fwd: mesh-32k)" in text
 
 
 def test_write_tables_replaces_what_stands_between_the_markers(run_csv, tmp_path):
@@ -112,10 +112,28 @@ def test_write_tables_replaces_what_stands_between_the_markers(run_csv, tmp_path
     assert readme.read_text() == text
 
 
+def test_a_summary_has_the_times_alone(run_csv, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- bench:begin summary -->\n<!-- bench:end -->\n")
+    write_tables(tmp_path, [readme])
+    text = readme.read_text()
+    assert table(text, "**Forward, bfloat16: median time, ms**")["full-64"]["ours / no bias"] == "**1.25**"
+    assert "peak memory" not in text and "Without a number" not in text
+    assert text.startswith("<!-- bench:begin summary -->\nMeasured on NVIDIA H200")
+
+
+def test_other_results_may_lie_beside_a_run(run_csv, tmp_path):
+    (tmp_path / "errors.csv").write_text("case,error\n")
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- bench:begin --><!-- bench:end -->")
+    assert write_tables(tmp_path, [readme]) == [readme]
+
+
 @pytest.mark.parametrize(
     "text",
     [
         "no markers",
+        "<!-- bench:begin summary --><!-- bench:begin --><!-- bench:end -->",
         "<!-- bench:begin --> only",
         "<!-- bench:end --><!-- bench:begin -->",
         "<!-- bench:begin --><!-- bench:end --><!-- bench:begin --><!-- bench:end -->",
@@ -130,5 +148,5 @@ def test_a_document_without_one_pair_of_markers_is_left_alone(run_csv, tmp_path,
 
 
 def test_write_tables_needs_results(tmp_path):
-    with pytest.raises(ValueError, match="no CSV below"):
+    with pytest.raises(ValueError, match=r"no bench\.csv below"):
         write_tables(tmp_path, [])

@@ -11,7 +11,9 @@ from pathlib import Path
 
 __all__ = ["COLUMNS", "Row", "read_rows", "render", "replace_file", "write_rows", "write_tables"]
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+BEGIN, BEGIN_SUMMARY, END = "<!-- bench:begin -->", "<!-- bench:begin summary -->", "<!-- bench:end -->"
+RUN = "bench.csv"
+"""Name of the runs whose tables go into documents; other results may lie beside them."""
 
 
 @dataclass(frozen=True)
@@ -87,11 +89,12 @@ def replace_file(path: Path, text: str) -> None:
 # -------------------------------------------------------------------- tables
 
 
-def render(csv_path: Path | str) -> str:
+def render(csv_path: Path | str, *, summary: bool = False) -> str:
     """Make Markdown tables of one run, one for each pass and dtype.
 
     Args:
         csv_path: written by `run`; the JSON beside it, if there, gives the heading.
+        summary: times alone, without memory and without the reasons for missing numbers.
 
     Returns:
         Markdown: times in milliseconds, the fastest provider of each family named beside its time, and ratios
@@ -109,9 +112,9 @@ def render(csv_path: Path | str) -> str:
         chosen = [row for row in rows if (row.pass_name, row.dtype) == (pass_name, dtype)]
         title = f"{_PASS_TITLES.get(pass_name, pass_name)}, {dtype}"
         parts.append(f"**{title}: median time, ms**\n\n{_time_table(chosen)}")
-        if any(row.peak_mib for row in chosen):
+        if not summary and any(row.peak_mib for row in chosen):
             parts.append(f"**{title}: peak memory of the same, MiB**\n\n{_memory_table(chosen)}")
-    if missing := _without_number(rows):
+    if not summary and (missing := _without_number(rows)):
         parts.append(missing)
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -201,17 +204,24 @@ def _memory_cell(row: Row | None) -> str:
 
 def _without_number(rows: Sequence[Row]) -> str:
     """What could not be timed, by reason and provider."""
-    reasons: dict[str, dict[str, list[str]]] = {}
+    reasons: dict[str, dict[str, dict[str, list[str]]]] = {}
+    several = len({row.dtype for row in rows}) > 1
     for row in rows:
         if row.status != "ok":
-            where = f"{row.case} {row.pass_name} {row.dtype}"
-            reasons.setdefault(row.status, {}).setdefault(row.provider, []).append(where)
+            what = f"{row.pass_name} {row.dtype}" if several else row.pass_name
+            reasons.setdefault(row.status, {}).setdefault(row.provider, {}).setdefault(what, []).append(row.case)
     if not reasons:
         return ""
-    items = [
-        f"- {reason}: " + "; ".join(f"`{provider}` ({', '.join(where)})" for provider, where in providers.items())
-        for reason, providers in reasons.items()
-    ]
+    items = []
+    for reason, providers in reasons.items():
+        cells = []
+        for provider, whats in providers.items():
+            same: dict[tuple[str, ...], list[str]] = {}
+            for what, cases in whats.items():
+                same.setdefault(tuple(cases), []).append(what)
+            where = "; ".join(f"{', '.join(what)}: {' '.join(cases)}" for cases, what in same.items())
+            cells.append(f"`{provider}` ({where})")
+        items.append(f"- {reason}: " + ", ".join(cells))
     return "<details><summary>Without a number</summary>\n\n" + "\n".join(items) + "\n\n</details>"
 
 
@@ -230,10 +240,11 @@ def _heading(json_path: Path) -> str:
 def write_tables(results_dir: Path | str, files: Iterable[Path | str]) -> list[Path]:
     """Put the tables of every run below a folder between the markers of documents.
 
-    What stands between `<!-- bench:begin -->` and `<!-- bench:end -->` is replaced; the rest is left alone.
+    What stands between `<!-- bench:begin -->` and `<!-- bench:end -->` is replaced; the rest is left alone. With
+    `<!-- bench:begin summary -->` the document gets the times alone.
 
     Args:
-        results_dir: searched for `*.csv`, also in folders of its own, as in `benchmarks/results/h200/`.
+        results_dir: searched for `bench.csv`, also in folders of its own, as in `benchmarks/results/h200/`.
         files: Markdown files with one pair of markers each.
 
     Returns:
@@ -243,23 +254,25 @@ def write_tables(results_dir: Path | str, files: Iterable[Path | str]) -> list[P
         ValueError: there is no CSV, or a file does not have exactly one pair of markers.
     """
     results_dir = Path(results_dir)
-    found = sorted(results_dir.rglob("*.csv"))
+    found = sorted(results_dir.rglob(RUN))
     if not found:
-        raise ValueError(f"no CSV below {results_dir}")
-    text = "\n".join(render(path) for path in found)
+        raise ValueError(f"no {RUN} below {results_dir}")
     changed = []
     for file in map(Path, files):
         old = file.read_text()
-        new = _between_markers(file, old, text)
+        begin = _begin_marker(file, old)
+        text = "\n".join(render(path, summary=begin == BEGIN_SUMMARY) for path in found)
+        before, rest = old.split(begin)
+        new = f"{before}{begin}\n{text}{END}{rest.split(END)[1]}"
         if new != old:
             replace_file(file, new)
             changed.append(file)
     return changed
 
 
-def _between_markers(file: Path, old: str, text: str) -> str:
-    if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
-        raise ValueError(f"{file} must have one {BEGIN} and, after it, one {END}")
-    before, rest = old.split(BEGIN)
-    after = rest.split(END)[1]
-    return f"{before}{BEGIN}\n{text}{END}{after}"
+def _begin_marker(file: Path, text: str) -> str:
+    """The marker before the tables, of which there is one, as of the marker after them."""
+    begins = [marker for marker in (BEGIN, BEGIN_SUMMARY) for _ in range(text.count(marker))]
+    if len(begins) != 1 or text.count(END) != 1 or text.index(begins[0]) > text.index(END):
+        raise ValueError(f"{file} must have one {BEGIN} (or {BEGIN_SUMMARY}) and, after it, one {END}")
+    return begins[0]
