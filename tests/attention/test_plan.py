@@ -178,7 +178,7 @@ def test_only_tiles_near_the_diagonal_look_a_local_table_up() -> None:
 
 
 def test_features_have_the_names_of_the_table() -> None:
-    ours = Model("ours", "ours/x", "none", ("bfloat16",), {}, operands="packed").features(LONG, 3, TableSize(9))
+    ours = Model("ours", "ours/x", "none", ("bfloat16",), {}, operands="packed").features(replace(LONG, head_dim=128), 3, TableSize(9))
     dense = Model("dense", "dense/x", "none", ("bfloat16",), {}).features(LONG)
     assert {"launch", *ours, *dense} == set(FEATURES)
 
@@ -410,7 +410,7 @@ def test_a_file_without_coefficients_is_named(tmp_path: Path, text: str) -> None
 @pytest.mark.parametrize("device", SHIPPED)
 def test_shipped_coefficients_say_where_they_come_from(device: str) -> None:
     found = Coefficients.of(device)
-    assert {"source", "date", "packages", "points", "errors", "provisional"} <= set(found.provenance)
+    assert {"source", "date", "packages", "points", "errors"} <= set(found.provenance)
     for model in found.models:
         assert model.provider.startswith(("ours/", "dense", "bias-free/"))
         assert any(model.coefficients.values())

@@ -76,6 +76,26 @@ def test_a_table(folder: Path, device: list[str]) -> None:
     torch.testing.assert_close(found.dense(), family().dense().detach())
 
 
+def test_a_table_that_costs_more_than_the_matrix(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the measured times of an H200; asked for, it is stored all the same."""
+    family = fb.WindowBias(2, (24, 24))
+    torch.nn.init.normal_(family.weight)
+    torch.save(family.weight.detach(), "swin.pt")
+    arguments = ["factor", "swin.pt", "--window", "24x24", "--batch", "64", "--head-dim", "32", "-o", "t.safetensors"]
+    assert run(arguments) == 1
+    assert "a table would take" in capsys.readouterr().err
+    assert run([*arguments, "--exact-table"]) == 0
+    found = load("t.safetensors")
+    assert isinstance(found, fb.FactoredBias) and found.table is not None
+    torch.testing.assert_close(found.dense(), family().dense().detach())
+
+
+def test_exact_table_and_no_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save("bias.npy", smooth(1).numpy())
+    assert run(["factor", "bias.npy", "-o", "f.safetensors", "--exact-table", "--no-table"]) == 2
+    assert "--exact-table does not go with --no-table" in capsys.readouterr().err
+
+
 def test_a_mask_is_noted(folder: Path, device: list[str]) -> None:
     hidden = torch.ones(40, 40, dtype=torch.bool).triu(1)
     np.save("bias.npy", smooth(1).masked_fill(hidden, float("nan")).numpy())

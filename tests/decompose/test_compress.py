@@ -295,6 +295,12 @@ class TestTables:
         )
         assert [head.form for head in report.heads] == ["dense", "table"]
 
+    @pytest.mark.parametrize("b", [noise(40), gaussian(40) + toeplitz(40), gaussian(40).expand(2, 1, 40, 40)], ids=str)
+    def test_exact_refuses_what_no_table_gives(self, b: Tensor):
+        with pytest.raises(NotLowRankError, match="table='exact' needs a bias that is relative to tol=0.001") as caught:
+            compress(b + 1e-1 * noise(40), 1e-3, table="exact")
+        assert {head.form for head in caught.value.report.heads} == {"dense"}
+
     def test_are_taken_only_where_they_cost_less(self):
         b = -(torch.arange(40.0) - torch.arange(40.0)[:, None]).square() / 1e4  # rank 1, and relative
         assert {head.form for head in holds(compress(b, 1e-3), b, 1e-3).heads} == {"low rank"}
@@ -579,9 +585,14 @@ class TestMeasuredPrices:
         assert "H200" in report.device and 16 < report.break_even_rank < 200
         assert report.cost_ms < report.dense_ms
 
-    def test_a_learned_line_is_a_table_there(self):
+    def test_a_table_costs_more_than_a_matrix_there_and_is_taken_on_request(self):
         b = torch.stack([toeplitz(300), toeplitz(300, seed=1)])
-        assert {head.form for head in compress(b, 1e-3).report.heads} == {"table"}
+        with pytest.raises(NotLowRankError, match=r"a table costs \d\.?\d* times as much"):
+            compress(b, 1e-3)
+        found = compress(b, 1e-3, table="exact")
+        assert found.report.certificate < 1e-6 and found.report.cost_ms > found.report.dense_ms
+        assert {head.form for head in found.report.heads} == {"table"}
+        torch.testing.assert_close(found.dense(), b)
 
     def test_swin_v2_b_in_ten_seconds_on_two_cores(self):
         """24 layers, 376 heads of 576×576."""
@@ -589,10 +600,11 @@ class TestMeasuredPrices:
         layers = [swin_v2_layer(h, 24, g) for h in [4] * 2 + [8] * 2 + [16] * 18 + [32] * 2]
         assert sum(map(len, layers)) == 376
         before = time.process_time()
-        found = [compress(layer, 1e-3) for layer in layers]
+        found = [compress(layer, 1e-3, allow_dense=True) for layer in layers]
         assert time.process_time() - before < 20.0
         for b, bias in zip(layers[::8], found[::8], strict=True):
-            holds(bias, b, 1e-3)
+            assert bias.report.certificate <= 1e-3 and bias.report.cost_ms <= bias.report.dense_ms
+            assert certificate(row_spread(bias.dense(torch.float64) - b)).max() <= 1e-3
 
 
 # -------------------------------------------------------------------- bad input
@@ -622,8 +634,8 @@ GOOD = gaussian(12)
         (ValueError, "max_rank must be None or an integer >= 1, got 0", GOOD, {"max_rank": 0}),
         (ValueError, "max_rank must be None or an integer >= 1, got True", GOOD, {"max_rank": True}),
         (ValueError, "max_rank must be None or an integer >= 1, got 2.5", GOOD, {"max_rank": 2.5}),
-        (ValueError, "table must be 'auto', None or a half width >= 1, got 'yes'", GOOD, {"table": "yes"}),
-        (ValueError, "table must be 'auto', None or a half width >= 1, got 0", GOOD, {"table": 0}),
+        (ValueError, "table must be 'auto', 'exact', None or a half width >= 1, got 'yes'", GOOD, {"table": "yes"}),
+        (ValueError, "table must be 'auto', 'exact', None or a half width >= 1, got 0", GOOD, {"table": 0}),
         (ValueError, "table=11 must be less than 11 for a bias of shape", GOOD, {"table": 11}),
         (ValueError, "table=2: one near field cannot serve the batch", GOOD.expand(2, 2, 12, 12), {"table": 2}),
         (ValueError, "table=2 is a near field along a line", GOOD, {"table": 2, "positions": places((3, 4))}),

@@ -80,7 +80,7 @@ def test_no_small_rank_will_do(bias: Tensor):
 
 
 def test_the_exact_table_is_found(bias: Tensor, hidden: HIDDEN, truth: Tensor):
-    found = compress(bias, 0.02)
+    found = compress(bias, 0.02, table="exact")
     assert isinstance(found, fb.FactoredBias)
     assert found.rank == 0 and found.table is not None and found.table.shape[1] < 2 * 128
     assert {head.form for head in found.report.heads} == {"table"}

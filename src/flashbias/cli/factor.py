@@ -39,6 +39,9 @@ def factor(
     allow_dense: Annotated[bool, typer.Option("--allow-dense", help="Keep heads that do not pay as a matrix.")] = False,
     max_rank: Annotated[int | None, typer.Option(help="Largest rank. Default: the largest that pays.")] = None,
     table: Annotated[bool, typer.Option("--table/--no-table", help="Whether a relative table may be used.")] = True,
+    exact_table: Annotated[
+        bool, typer.Option("--exact-table", help="Store the relative table that the bias is, whatever it costs.")
+    ] = False,
     factor_dtype: Annotated[
         str | None, typer.Option(help="float32 or bfloat16. Default: what is faster and keeps the promise.")
     ] = None,
@@ -64,6 +67,8 @@ def factor(
     attention = source.Attention(tol, mask, head_dim, batch, training, dtype, device)
     if factor_dtype not in (None, *FACTOR_DTYPES):
         raise ValueError(f"--factor-dtype must be float32 or bfloat16, got {factor_dtype!r}")
+    if exact_table and not table:
+        raise ValueError("--exact-table does not go with --no-table")
     if max_rank is not None and max_rank < 1:
         raise ValueError(f"--max-rank must be at least 1, got {max_rank}")
     layers = source.layers_of(file, key, window, seqlen, layer)
@@ -77,7 +82,7 @@ def factor(
                     tol,
                     mask=attention.mask_of(each),
                     max_rank=max_rank,
-                    table="auto" if table else None,
+                    table="exact" if exact_table else "auto" if table else None,
                     allow_dense=allow_dense,
                     workload=attention.workload(each),
                     device=device,
@@ -98,7 +103,8 @@ def _refused(layer: Layer, allow_dense: bool) -> Iterator[None]:
         yield
     except NotLowRankError as refusal:
         name = f"{layer.name}: " if layer.name else ""
-        advice = "try a larger --tol" if allow_dense else "try a larger --tol, or --allow-dense"
+        ways = ["a larger --tol", "--allow-dense", "--exact-table"]
+        advice = "try " + " or ".join(way for way in ways if not (allow_dense and way == "--allow-dense"))
         raise NotLowRankError(f"{name}{refusal_of(refusal.report)}; {advice}", refusal.report) from None
 
 

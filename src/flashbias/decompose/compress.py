@@ -72,8 +72,9 @@ def compress(
         calibrated: make the promise for rows of probabilities proportional to `weights` only. Often a much smaller rank
             suffices; the report says so, and it is no bound for other inputs.
         max_rank: largest rank of a head. Default: the largest that is predicted to cost less than the dense bias.
-        table: "auto" tries a relative table, alone and as near field beside factors; an integer is the half width of a
-            near field to use; None forbids tables.
+        table: "auto" tries a relative table, alone and as near field beside factors; "exact" takes the relative table
+            that the bias is, whatever it costs (no matrix is kept, and gradients reach its entries); an integer is
+            the half width of a near field to use; None forbids tables.
         allow_dense: let heads differ in form, as factors, tables or the matrix that they were, each as is cheapest.
         workload: the attention that the bias is for; default head_dim 64, forward, bfloat16, one batch element. How
             many biases its batch has is taken from `bias`.
@@ -111,6 +112,8 @@ def compress(
         raise NotImplementedError(f"allow_dense=True takes one bias per head, got shape {tuple(bias.shape)}")
     search = _Search(request, _Prices.of(request, workload, device), allow_dense, progress or _silent)
     codes = search.places(positions)
+    if request.table == "exact":
+        return search.table_alone(codes, started)
     if request.table == "auto" and codes is not None:
         search.exact_table(codes)
     search.factors()
@@ -247,6 +250,21 @@ class _Search:
             if trimmed[head] is None:
                 return fits
         return trimmed
+
+    def table_alone(self, codes: Codes | None, started: float) -> FactoredBias | MixedBias:
+        """Make the bias as a table and nothing else; its cost is told and does not count."""
+        if codes is not None:
+            self.exact_table(codes)
+        heads = tuple(range(len(self.request)))
+        option = next((option for option in self.options if None not in option.fits), None)
+        report = self._report((Group(option, heads),), started, refused=option is None)
+        if option is None:
+            raise NotLowRankError(
+                f"table='exact' needs a bias that is relative to tol={self.request.tol:g} in every head and has one "
+                f"table for the whole batch; no table gives this one, of shape {tuple(self.request.shape)}",
+                report,
+            )
+        return bias_of((Group(option, heads),), self.request, report)
 
     # ---------------------------------------------------------------- factors
 

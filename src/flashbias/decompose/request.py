@@ -30,7 +30,7 @@ class Request:
         weights: `[B, N, M]`, or None.
         calibrated: whether the promise is for the weights only.
         max_rank: largest rank of a head.
-        table: "auto", a half width or None.
+        table: "auto", "exact", a half width or None.
         dtypes: of factors, in the order in which they are tried.
         seed: of the random starts.
     """
@@ -190,10 +190,10 @@ def _check_weights(weights: Tensor | None, calibrated: bool) -> None:
 
 
 def _check_table(table: str | int | None, shape: torch.Size) -> None:
-    if table is None or table == "auto":
+    if table is None or table in ("auto", "exact"):
         return
     if not isinstance(table, int) or isinstance(table, bool) or table < 1:
-        raise ValueError(f"table must be 'auto', None or a half width >= 1, got {table!r}")
+        raise ValueError(f"table must be 'auto', 'exact', None or a half width >= 1, got {table!r}")
     if table >= max(shape[-2:]) - 1:
         raise ValueError(f"table={table} must be less than {max(shape[-2:]) - 1} for a bias of shape {tuple(shape)}")
     if math.prod(shape[:-3]) > 1:

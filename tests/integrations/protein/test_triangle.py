@@ -145,9 +145,9 @@ def test_a_tensor_is_compressed_within_its_tolerance(masked: bool) -> None:
 
 
 def test_a_tensor_without_low_rank_is_refused() -> None:
-    q, k, v = (draw(1, 4, 2, 40, D, grad=False, seed=seed) for seed in range(3))
+    q, k, v = (draw(1, 4, 2, 150, D, grad=False, seed=seed) for seed in range(3))
     with pytest.raises(fb.NotLowRankError):
-        triangle_attention(q, k, v, 3 * draw(1, 1, 2, 40, 40, grad=False))
+        triangle_attention(q, k, v, 3 * draw(1, 1, 2, 150, 150, grad=False))
 
 
 def test_gradients_beside_a_compressed_tensor() -> None:

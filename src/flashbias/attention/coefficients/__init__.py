@@ -12,6 +12,7 @@ The model is linear, with coefficients that are not negative:
 | `pairs` | score pairs: exponentials and instructions |
 | `columns` | score pairs × columns that the factors add to the operands |
 | `table` | score pairs of a head with a relative table: what its loop does in every tile |
+| `table_over_32`, `table_over_64` | the same in kernels for heads wider than that: their tiles leave fewer registers |
 | `lookups` | score pairs that read an entry: those of tiles near the diagonal where the table is `local`, else all |
 | `bytes` | bytes of query, key, value, output and packed factors |
 | `dense_bytes` | bytes of the dense bias: once for each of the biases that the batch has |
@@ -42,7 +43,10 @@ from flashbias.attention.workload import TableSize, Training, Workload, round_up
 
 __all__ = ["FEATURES", "FORMS", "Coefficients", "Device", "Model", "NoCoefficientsError"]
 
-FEATURES = ("launch", "programs", "matrix", "pairs", "columns", "table", "lookups", "bytes", "dense_bytes")
+FEATURES = (
+    "launch", "programs", "matrix", "pairs", "columns", "table", "table_over_32", "table_over_64", "lookups", "bytes",
+    "dense_bytes",
+)  # fmt: skip
 PROGRAM_ROWS = 128
 
 FORMS = ("factored", "table", "table+factored", "dense", "bias-free")
@@ -127,6 +131,9 @@ class Model:
             values["dense_bytes"] = w.biases * pairs * w.dtype.itemsize
         if table is not None:
             values["table"] = batch * pairs
+            if self.operands == "packed":
+                width = max(w.head_dim, w.value_dim)
+                values |= {f"table_over_{limit}": batch * pairs * (width > limit) for limit in (32, 64)}
             values["lookups"] = self._lookups(w, table)
         return {name: float(value) for name, value in values.items() if value}
 
