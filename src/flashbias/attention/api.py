@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from flashbias.attention import dense, reference, sdpa, triton
+from flashbias.attention import dense, redirect, reference, sdpa, triton
 from flashbias.attention.call import HALF, Call, VarlenLayout, empty_output
 from flashbias.attention.groups import attend_by_groups
 from flashbias.attention.plan import Plan, plan_call
@@ -72,7 +72,7 @@ def attention(
         return_lse: also return the natural log-sum-exp of the full scores, bias included.
 
     Returns:
-        `[*batch, H, N, head_dim_v]` in the queries' dtype; with `return_lse` a tuple of it and float32
+        `[*batch, H, N, head_dim_v]` in the queries' dtype; with `return_lse` a tuple of it and float32 (float64 beside float64)
         `[*batch, H, N]` (-inf for rows that attend to nothing).
 
     Raises:
@@ -97,6 +97,12 @@ def attention(
     Reference:
         "FlashBias: Fast Computation of Attention with Bias", https://arxiv.org/abs/2505.12044, equation 3.
     """
+    if redirect.target is not None:
+        return redirect.attention(
+            query, key, value, bias, attn_mask=attn_mask, is_causal=is_causal, causal_alignment=causal_alignment,
+            window=window, scale=scale, enable_gqa=enable_gqa, dropout_p=dropout_p, impl=impl,
+            deterministic=deterministic, return_lse=return_lse,
+        )  # fmt: skip
 
     def attend(
         query: Tensor, key: Tensor, value: Tensor, bias: FactoredBias | Tensor | None, attn_mask: Tensor | None
@@ -194,6 +200,12 @@ def varlen_attention(
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor) or tensor.dim() != 3:
             raise ValueError(f"{name} must be [tokens, heads, head_dim], got {_shape_of(tensor)}")
+    if redirect.target is not None:
+        return redirect.varlen_attention(
+            query, key, value, cu_seqlens_q, cu_seqlens_k, bias, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+            is_causal=is_causal, causal_alignment=causal_alignment, window=window, scale=scale, enable_gqa=enable_gqa,
+            dropout_p=dropout_p, impl=impl, deterministic=deterministic, return_lse=return_lse,
+        )  # fmt: skip
     layout = _checked_layout(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, query, key)
     if cu_seqlens_q is cu_seqlens_k and causal_alignment is None:
         causal_alignment = "top_left"

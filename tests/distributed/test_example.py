@@ -1,0 +1,26 @@
+"""The example of the documentation, as its reader runs it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_training_step_over_two_ranks_has_the_loss_of_one_process() -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    answer = subprocess.run(
+        [*command, str(ROOT / "examples" / "context_parallel.py"), "--steps", "2"],
+        capture_output=True, text=True, timeout=120, env=environment, cwd=ROOT,
+    )  # fmt: skip
+    assert answer.returncode == 0, answer.stderr
+    losses = re.findall(r"step \d: loss ([\d.]+) and ([\d.]+)", answer.stdout)
+    assert len(losses) == 2
+    for spread, alone in losses:
+        assert abs(float(spread) - float(alone)) < 1e-4
+    assert float(losses[1][0]) < float(losses[0][0])
