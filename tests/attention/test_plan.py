@@ -178,7 +178,9 @@ def test_only_tiles_near_the_diagonal_look_a_local_table_up() -> None:
 
 
 def test_features_have_the_names_of_the_table() -> None:
-    ours = Model("ours", "ours/x", "none", ("bfloat16",), {}, operands="packed").features(replace(LONG, head_dim=128), 3, TableSize(9))
+    ours = Model("ours", "ours/x", "none", ("bfloat16",), {}, operands="packed").features(
+        replace(LONG, head_dim=128), 3, TableSize(9)
+    )
     dense = Model("dense", "dense/x", "none", ("bfloat16",), {}).features(LONG)
     assert {"launch", *ours, *dense} == set(FEATURES)
 

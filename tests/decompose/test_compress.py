@@ -295,10 +295,13 @@ class TestTables:
         )
         assert [head.form for head in report.heads] == ["dense", "table"]
 
-    @pytest.mark.parametrize("b", [noise(40), gaussian(40) + toeplitz(40), gaussian(40).expand(2, 1, 40, 40)], ids=str)
-    def test_exact_refuses_what_no_table_gives(self, b: Tensor):
-        with pytest.raises(NotLowRankError, match="table='exact' needs a bias that is relative to tol=0.001") as caught:
-            compress(b + 1e-1 * noise(40), 1e-3, table="exact")
+    @pytest.mark.parametrize("lead", [(), (3,), (2, 1)], ids=["matrix", "heads", "batch"])
+    def test_exact_refuses_what_no_table_gives(self, lead: tuple[int, ...]):
+        b = (toeplitz(40) + 0.1 * noise(40)).expand(*lead, 40, 40)
+        with pytest.raises(
+            NotLowRankError, match=r"table='exact' needs a bias that is relative to tol=0\.001"
+        ) as caught:
+            compress(b, 1e-3, table="exact")
         assert {head.form for head in caught.value.report.heads} == {"dense"}
 
     def test_are_taken_only_where_they_cost_less(self):

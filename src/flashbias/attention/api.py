@@ -72,8 +72,8 @@ def attention(
         return_lse: also return the natural log-sum-exp of the full scores, bias included.
 
     Returns:
-        `[*batch, H, N, head_dim_v]` in the queries' dtype; with `return_lse` a tuple of it and float32 (float64 beside float64)
-        `[*batch, H, N]` (-inf for rows that attend to nothing).
+        `[*batch, H, N, head_dim_v]` in the queries' dtype; with `return_lse` a tuple of it and
+        `[*batch, H, N]` in float32, float64 beside float64 (-inf for rows that attend to nothing).
 
     Raises:
         TypeError: an argument of the wrong kind or dtype.
