@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from flashbias.decompose import NotLowRankError
-from flashbias.decompose.cross import compress_function
+from flashbias.decompose.blocks import BlockFunction
+from flashbias.decompose.cross import _Search, compress_function
+from flashbias.decompose.probe import Goal
 
 
 def points(n: int, seed: int = 0) -> Tensor:
@@ -39,6 +41,47 @@ def test_every_entry_is_within_the_tolerance(f: Callable[[Tensor, Tensor], Tenso
     assert error <= 1.1 * 0.05 * (true.max() - true.min())
     assert bias.rank <= most
     assert bias.report.is_met and bias.report.evaluations < 20 * 900 * 900
+
+
+def test_as_many_columns_as_were_needed_are_enough():
+    """One of them is the shift: where columns are short, room must be left for it."""
+    needed = compress_function(distance, points(300), tol=0.05).report
+    assert needed.shifts[0] != 0
+    bias = compress_function(distance, points(300), tol=0.05, max_rank=needed.ranks[0])
+    assert bias.report.is_met and bias.rank <= needed.ranks[0]
+
+
+def test_a_limit_that_leaves_no_room_for_a_shift_is_used_up():
+    """Rank 3, and nothing left for a constant."""
+    x = points(400)
+    assert compress_function(lambda a, b: a @ b.mT, x, tol=0.001, max_rank=3).rank == 3
+
+
+@pytest.mark.parametrize(("sharpness", "named"), [(0.0, False), (50.0, True)])
+def test_only_rows_that_stand_out_are_sampled_for_it(sharpness: float, named: bool):
+    """A kink that every row has crowds the sample nowhere; what is sharp in a corner does."""
+
+    def f(a: Tensor, b: Tensor) -> Tensor:
+        near, others = (torch.exp(-8 * y.square().sum(-1)) for y in (a, b))
+        return distance(a, b) + sharpness * near[:, None] * others * torch.cos(40 * torch.cdist(a, b))
+
+    x = points(2000)
+    search = _Search(BlockFunction(f, x, x, 1), Goal(0.01, "range", False, None, 1 << 30), torch.Generator())
+    search.name_worst(*search.choose(search.skeleton(128)), count=16)
+    assert bool(len(search.pivots_q.named)) == named
+
+
+def test_what_is_sharp_in_one_place_is_found():
+    """Between a few points in a corner, and nowhere else."""
+    x = points(800)
+
+    def f(a: Tensor, b: Tensor) -> Tensor:
+        near, others = (torch.exp(-30 * y.square().sum(-1)) for y in (a, b))
+        return gaussian(a, b) + near[:, None] * others * torch.cos(40 * torch.cdist(a, b))
+
+    bias = compress_function(f, x, tol=0.05)
+    error = (bias.dense(torch.float64)[0] - f(x.double(), x.double())).abs().max()
+    assert error <= 1.5 * bias.report.limits[0]
 
 
 def test_queries_and_keys_may_differ_and_heads_have_their_own_rank():

@@ -37,8 +37,12 @@ FRESH_ENTRIES = 1_000_000
 FRESH_BLOCK = 32
 """The check compares that many rows or more, whole, and that many entries in small blocks all over."""
 
-MARGIN = 0.95
+MARGIN = 0.85
 """Part of the tolerance that the choice may use up; less by this factor after each check that fails."""
+
+STANDS_OUT = 3.0
+"""Rows are named as worst if their error is so many times the median row's. A kink that every row has is no reason:
+naming the worst of many equals would crowd the sample in some places, and cost columns everywhere."""
 
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
 
@@ -367,12 +371,14 @@ class _Search:
         )
 
     def name_worst(self, found: list[tuple[Truncation, float]], views: list[list[View]], count: int) -> None:
-        """Have the worst rows of the probes, and the columns where they are, in the next skeleton."""
+        """Have rows of the probes that stand out, and the columns where they do, in the next skeleton."""
         count = max(1, count // (len(self.probes) * len(views)))
         for of_head, (truncation, _) in zip(views, found, strict=True):
             for probe, view in zip(self.probes, of_head, strict=True):
                 error = view.error(truncation)
-                rows = self.goal.of_rows(*error.aminmax(dim=-1)).topk(min(count, len(error))).indices
+                sizes = self.goal.of_rows(*error.aminmax(dim=-1))
+                worst = sizes.topk(min(count, len(sizes)))
+                rows = worst.indices[worst.values > STANDS_OUT * sizes.median()]
                 columns = torch.cat([error[rows].argmin(-1), error[rows].argmax(-1)])
                 self.pivots_q.name(probe.rows[rows])
                 self.pivots_k.name(probe.columns[columns])

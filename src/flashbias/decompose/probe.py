@@ -165,7 +165,10 @@ def fewest_columns(views: list[View], goal: Goal, column_cap: int, limit: float)
     Returns:
         The truncation and its error; if none keeps the limit, the most columns and what they leave.
     """
-    best, bad = _fitted(views, goal, min(column_cap, len(views[0].head.sigma)), column_cap, limit), -1
+    most = min(column_cap, len(views[0].head.sigma))
+    best, bad = _fitted(views, goal, most, column_cap, limit), -1
+    if best[1] > limit and goal.by_entry and most == column_cap > 1:  # one less leaves room for a shift
+        best = min(best, _fitted(views, goal, most - 1, column_cap, limit), key=lambda fitted: fitted[1])
     while best[1] <= limit and best[0].rank - bad > 1 + best[0].rank // 100:
         middle = _fitted(views, goal, (bad + best[0].rank) // 2, column_cap, limit)
         best, bad = (middle, bad) if middle[1] <= limit else (best, middle[0].rank)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,15 +39,19 @@ FEW_DIMENSIONS = 8
 class Pivots:
     """Which points to sample: far from each other, some at random, and those named as badly approximated.
 
+    The search for far points is thousands of short steps, one after the other. numpy takes them on one core; a pool of
+    threads would spend its time in waiting for each other.
+
     Args:
         points: `[N, D]`.
         generator: of what is random.
     """
 
     def __init__(self, points: Tensor, generator: torch.Generator) -> None:
-        self.points = _few_dimensions(points.float(), generator)
+        places = _few_dimensions(points.float(), generator)
         self.shuffled = torch.randperm(len(points), generator=generator).to(points.device)
-        self.distance = _square_distance(self.points, self.points.mean(0))
+        self.axes = np.ascontiguousarray(places.mT.cpu().numpy())
+        self.distance = _square_distance(self.axes, self.axes.mean(1))
         self.far: list[int] = []
         self.named = self.shuffled[:0]
 
@@ -56,20 +61,20 @@ class Pivots:
 
     def take(self, count: int) -> Tensor:
         """About `count` indices, ascending: seven eighths far from each other, one eighth random, and the named."""
-        if count >= len(self.points):
-            return torch.arange(len(self.points), device=self.points.device)
+        if count >= len(self.shuffled):
+            return torch.arange(len(self.shuffled), device=self.shuffled.device)
         few = count // 8
         return torch.cat([self._farthest(count - few), self.shuffled[:few], self.named]).unique()
 
     def _farthest(self, count: int) -> Tensor:
-        """The first `count` of a sequence in which each point is the farthest from all before it."""
+        """The first `count` of a sequence in which each point is the farthest from the centre and all before it."""
         while len(self.far) < count:
             index = int(self.distance.argmax())
             if self.far and self.distance[index] <= 0:
                 break  # all others repeat points of the sequence
             self.far.append(index)
-            self.distance = torch.minimum(self.distance, _square_distance(self.points, self.points[index]))
-        return torch.tensor(self.far[:count], dtype=torch.int64, device=self.points.device)
+            np.minimum(self.distance, _square_distance(self.axes, self.axes[:, index]), out=self.distance)
+        return torch.tensor(self.far[:count], dtype=torch.int64, device=self.shuffled.device)
 
 
 def _few_dimensions(points: Tensor, generator: torch.Generator) -> Tensor:
@@ -79,8 +84,8 @@ def _few_dimensions(points: Tensor, generator: torch.Generator) -> Tensor:
     return points @ torch.randn(points.shape[1], FEW_DIMENSIONS, generator=generator).to(points.device)
 
 
-def _square_distance(points: Tensor, point: Tensor) -> Tensor:
-    return (points - point).square().sum(-1)
+def _square_distance(axes: np.ndarray, point: np.ndarray) -> np.ndarray:
+    return np.square(axes - point[:, None]).sum(0)
 
 
 # -------------------------------------------------------------------- the skeleton

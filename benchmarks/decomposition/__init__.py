@@ -1,0 +1,1 @@
+"""Evidence for `flashbias.decompose`; see `__main__.py`."""

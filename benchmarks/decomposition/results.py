@@ -1,0 +1,52 @@
+"""What a run leaves behind: a CSV, and a JSON with its summary and the machine."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from flashbias.bench.environment import describe_environment
+from flashbias.files import whole_file
+
+__all__ = ["RESULTS", "Row", "say", "write"]
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "cpu"
+
+Row = dict[str, object]
+
+
+def say(text: str) -> None:
+    """Tell the user how far things are."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def write(arguments: argparse.Namespace, rows: Sequence[Row], summary: Mapping[str, object]) -> None:
+    """`<subcommand>.csv` and `<subcommand>.json`, each written whole."""
+    settings = {name: str(value) for name, value in vars(arguments).items() if name not in ("run", "load", "started")}
+    environment = describe_environment(torch.device("cpu"))
+    about = {
+        **environment,
+        "cores": os.cpu_count(),
+        "threads": arguments.threads,
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY"),
+        "load_average_at_start": round(arguments.load, 2),
+        "started": arguments.started,
+        "settings": settings,
+        "summary": dict(summary),
+    }
+    with whole_file(arguments.out / f"{arguments.subcommand}.csv") as part, part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    with whole_file(arguments.out / f"{arguments.subcommand}.json") as part:
+        part.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+    say(json.dumps(dict(summary)))
+    say(f"written: {arguments.out / arguments.subcommand}.csv and .json")
