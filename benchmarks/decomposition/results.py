@@ -20,6 +20,9 @@ __all__ = ["RESULTS", "Row", "say", "write"]
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu"
 
+NO_SETTING = ("run", "load", "started", "out", "picture", "obj")
+"""Arguments that say nothing of what was measured, but where files of this machine are."""
+
 Row = dict[str, object]
 
 
@@ -30,7 +33,7 @@ def say(text: str) -> None:
 
 def write(arguments: argparse.Namespace, rows: Sequence[Row], summary: Mapping[str, object]) -> None:
     """`<subcommand>.csv` and `<subcommand>.json`, each written whole."""
-    settings = {name: str(value) for name, value in vars(arguments).items() if name not in ("run", "load", "started")}
+    settings = {name: str(value) for name, value in vars(arguments).items() if name not in NO_SETTING}
     environment = describe_environment(torch.device("cpu"))
     about = {
         **environment,

@@ -103,8 +103,10 @@ def _refused(layer: Layer, allow_dense: bool) -> Iterator[None]:
         yield
     except NotLowRankError as refusal:
         name = f"{layer.name}: " if layer.name else ""
-        ways = ["a larger --tol", "--allow-dense", "--exact-table"]
-        advice = "try " + " or ".join(way for way in ways if not (allow_dense and way == "--allow-dense"))
+        ways = ["a larger --tol"] + ([] if allow_dense else ["--allow-dense"])
+        if all(head.form == "table" for head in refusal.report.heads):
+            ways.append("--exact-table")
+        advice = f"try {', or '.join(ways)}"
         raise NotLowRankError(f"{name}{refusal_of(refusal.report)}; {advice}", refusal.report) from None
 
 
