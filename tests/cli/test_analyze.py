@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.decompose.made_up_device import write_coefficients
 
 import flashbias as fb
 from flashbias.cli import analyze as command
@@ -17,17 +16,6 @@ from flashbias.cli.app import run
 def smooth(heads: int, size: int = 40) -> torch.Tensor:
     x = torch.linspace(0, 1, size)
     return torch.stack([torch.exp(-((x[:, None] - x * x) ** 2) * (h + 1)) for h in range(heads)])
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def device(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return ["--device", write_coefficients(tmp_path_factory.mktemp("device"))]
 
 
 def test_a_table_on_the_terminal_and_a_page(

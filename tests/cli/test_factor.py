@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tests.decompose.made_up_device import write_coefficients
 
 import flashbias as fb
 from flashbias.cli import factor as command
@@ -23,17 +22,6 @@ def smooth(heads: int, size: int = 40) -> torch.Tensor:
 
 def noise(heads: int, size: int = 200) -> torch.Tensor:
     return 3 * torch.randn(heads, size, size, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def device(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return ["--device", write_coefficients(tmp_path_factory.mktemp("device"))]
 
 
 def moved(bias: fb.FactoredBias | fb.MixedBias, true: torch.Tensor, is_causal: bool = False) -> float:

@@ -34,7 +34,6 @@ from torch import Tensor
 from flashbias.attention import packing, registration, triton
 from flashbias.attention.api import _checked
 from flashbias.attention.call import Call, lse_dtype, visible
-from flashbias.attention.layout import storable
 from flashbias.factored import FactoredBias
 
 __all__ = [
@@ -156,7 +155,7 @@ def attention_block(call: Call, impl: str = "auto") -> tuple[Tensor, Tensor]:
     """
     with torch.no_grad():
         if block_implementation(call, impl) == "triton":
-            out, lse = torch.ops.flashbias.attention_forward(*_operands(call), "triton")
+            out, lse = torch.ops.flashbias.attention_forward(*registration.operands(call), "triton")
             return out, _restored(call, lse)
         return _join(call, _reference_forward)
 
@@ -249,36 +248,6 @@ def row_reference(call: Call, impl: str = "auto") -> Tensor | None:
 # -------------------------------------------------------------------- through the kernels
 
 
-def _operands(call: Call) -> tuple[object, ...]:
-    """The arguments of `flashbias::attention_forward`, all but the last."""
-    bias, layout = call.bias, call.varlen
-    full = tuple(call.query.shape[:-2])
-    has_factors = bias is not None and bias.rank > 0
-    table = None if bias is None else bias.table
-    codes = bias.codes() if bias is not None and table is not None else (None, None)
-    return (
-        call.query,
-        call.key,
-        call.value,
-        storable(bias.phi_q, full) if bias is not None and has_factors else None,
-        storable(bias.phi_k, full) if bias is not None and has_factors else None,
-        table,
-        *codes,
-        None,
-        None if layout is None else layout.cu_seqlens_q,
-        None if layout is None else layout.cu_seqlens_k,
-        None,
-        call.seqlen_q if layout is None else layout.max_seqlen_q,
-        call.seqlen_k if layout is None else layout.max_seqlen_k,
-        list(bias.ranks) if bias is not None and bias.ranks is not None else [],
-        call.scale,
-        registration.UNBOUNDED if call.window_left is None else call.window_left,
-        registration.UNBOUNDED if call.window_right is None else call.window_right,
-        False,
-        0.0,
-    )
-
-
 def _restored(call: Call, lse: Tensor) -> Tensor:
     """The log-sum-exp of the full scores, in float64, from that of centred ones."""
     return lse.double() + _row_constant(call, "triton")
@@ -307,7 +276,7 @@ def _kernel_backward(
         nothing,
         centred_lse.contiguous(),
         list(needs_grad),
-        *_operands(call),
+        *registration.operands(call),
         "triton",
     )
     found = BlockGradients(*(g if need else None for g, need in zip(grads, needs_grad, strict=True)))

@@ -17,7 +17,7 @@ from flashbias.attention import packing
 from flashbias.attention.call import Call
 from flashbias.attention.layout import storable
 
-__all__ = ["run"]
+__all__ = ["operands", "run"]
 
 UNBOUNDED = -1
 """What stands for an open side of a window in the operators' schema."""
@@ -215,23 +215,34 @@ def run(call: Call, impl: str) -> tuple[Tensor, Tensor | None]:
     Returns:
         Output, and the log-sum-exp if asked for, with what centring took from it put back.
     """
-    bias = call.bias
+    bias, layout = call.bias, call.varlen
+    out, lse = attention_forward(*operands(call), impl)  # pyright: ignore[reportArgumentType]
+    if not call.return_lse:
+        return out, None
+    is_centred = layout is None and bias is not None and packing.is_packed(bias.phi_q, bias.phi_k, call.query.dtype)
+    if bias is not None and bias.rank > 0 and is_centred:
+        lse = lse + packing.row_constant(bias, tiled=packing.is_tile_centred(call.seqlen_k, call.query.dtype))
+    return out, lse
+
+
+def operands(call: Call) -> tuple[object, ...]:
+    """The arguments of `flashbias::attention_forward`, all but the last.
+
+    Args:
+        call: the request.
+    """
+    bias, layout = call.bias, call.varlen
     full = tuple(call.query.shape[:-2])
     has_factors = bias is not None and bias.rank > 0
-    phi_q = storable(bias.phi_q, full) if bias is not None and has_factors else None
-    phi_k = storable(bias.phi_k, full) if bias is not None and has_factors else None
     has_codes = bias is not None and bias.table is not None and not (bias.code_q is None and bias.code_k is None)
     codes = bias.codes() if bias is not None and has_codes else (None, None)
-    seed = None
-    if call.dropout_p > 0:
-        seed = torch.randint(0, 2**31 - 1, (), device=call.query.device)
-    layout = call.varlen
-    out, lse = attention_forward(
+    seed = torch.randint(0, 2**31 - 1, (), device=call.query.device) if call.dropout_p > 0 else None
+    return (
         call.query,
         call.key,
         call.value,
-        phi_q,
-        phi_k,
+        storable(bias.phi_q, full) if bias is not None and has_factors else None,
+        storable(bias.phi_k, full) if bias is not None and has_factors else None,
         None if bias is None else bias.table,
         *codes,
         None if call.attn_mask is None else storable(call.attn_mask, full),
@@ -246,11 +257,4 @@ def run(call: Call, impl: str) -> tuple[Tensor, Tensor | None]:
         UNBOUNDED if call.window_right is None else call.window_right,
         call.bottom_right,
         call.dropout_p,
-        impl,
     )
-    if not call.return_lse:
-        return out, None
-    is_centred = layout is None and bias is not None and packing.is_packed(bias.phi_q, bias.phi_k, call.query.dtype)
-    if bias is not None and has_factors and is_centred:
-        lse = lse + packing.row_constant(bias, tiled=packing.is_tile_centred(call.seqlen_k, call.query.dtype))
-    return out, lse
