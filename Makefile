@@ -58,8 +58,9 @@ $(VENV)/.installed-demo: pyproject.toml constraints.txt | $(BIN)/python
 	@if [ $(VENV)/.installed-dev -nt pyproject.toml ] && [ $(VENV)/.installed-dev -nt constraints.txt ]; then \
 	  touch $@; else $(call install,demo) && touch $@; fi
 
+# timm comes without torchvision, which package indexes have for CUDA builds of torch only (tests/integrations/timm).
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
-	@$(call install,dev) && touch $@
+	@$(call install,dev) && $(PIP) install --quiet --no-deps -c constraints.txt timm && touch $@
 
 # The build backend comes first and pinned, so that pip needs no environment of its own to build in.
 install = echo "installing flashbias[$(1)] into $(VENV)" \

@@ -1,8 +1,8 @@
-"""Assertions of the shared suite explain themselves like those of a test file."""
+"""Assertions of the shared suites explain themselves like those of a test file."""
 
 from __future__ import annotations
 
 import pytest
 
-pytest.register_assert_rewrite("tests.integrations.transformers.suite")
-pytest.register_assert_rewrite("tests.integrations.transformers.vision")
+for suite in ("suite", "vision", "transformers.suite", "transformers.vision", "timm.vision"):
+    pytest.register_assert_rewrite(f"tests.integrations.{suite}")

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashbias.integrations import patch, unpatch
-from flashbias.integrations.transformers import attend
+from flashbias.integrations import call, patch, unpatch
 
 pytestmark = [pytest.mark.realdata, pytest.mark.timeout(1200)]
 
@@ -77,8 +76,8 @@ def test_without_its_bias_the_direction_is_another(
     model: Any, batch: Any, expected: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that the first test is not passed by attention alone."""
-    original = attend.attention
-    monkeypatch.setattr(attend, "attention", lambda q, k, v, bias, **options: original(q, k, v, None, **options))
+    original = call.attention
+    monkeypatch.setattr(call, "attention", lambda q, k, v, bias, **options: original(q, k, v, None, **options))
     patch(model)
     try:
         assert (embed(model, batch) * expected).sum(-1).min() < 0.9

@@ -14,12 +14,12 @@ from torch.utils.hooks import RemovableHandle
 
 from flashbias.integrations.report import AttentionEntry
 
-__all__ = ["SETTINGS", "Changes", "Family", "Options", "Plan", "families_for", "known_class"]
+__all__ = ["SETTINGS", "Changes", "ExactFamily", "Family", "Options", "Plan", "families_for", "known_class"]
 
 SETTINGS = "_flashbias"
 """The attribute under which every attention that is changed keeps what its new forward needs."""
 
-FOLDERS = {"transformers": "flashbias.integrations.transformers"}
+FOLDERS = {"timm": "flashbias.integrations.timm", "transformers": "flashbias.integrations.transformers"}
 """The library that a model's classes come from, and the package that knows it. It is imported for such models only."""
 
 
@@ -160,6 +160,27 @@ class Family(ABC):
         if "forward" in attention.__dict__:
             return "its forward was already replaced on the instance; patch before other libraries wrap the model"
         return None
+
+
+class ExactFamily(Family, register=False):
+    """A family whose bias always has the same exact form.
+
+    Attributes:
+        form: what the bias becomes, for the report.
+        rank: columns of its factors.
+    """
+
+    form: ClassVar[str]
+    rank: ClassVar[int]
+
+    def plan(self, name: str, attention: nn.Module, options: Options) -> Plan:
+        """Replace it by its exact form."""
+        entry = AttentionEntry(name, self.name, "replaced", self.form, self.rank, 0.0)
+        return Plan(entry, lambda changes: self.change(attention, options, changes))
+
+    @abstractmethod
+    def change(self, attention: Any, options: Options, changes: Changes) -> None:
+        """Change one attention."""
 
 
 def known_class(module: nn.Module, names: tuple[str, ...]) -> type[nn.Module] | None:

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.integrations.transformers.suite import gradients
-from tests.integrations.transformers.vision import VisionSuite, compiles_to_one_graph, draw_tables, relative
+from tests.integrations.suite import gradients, relative
+from tests.integrations.transformers.vision import VisionSuite
+from tests.integrations.vision import compiles_to_one_graph, draw_tables
 from transformers import BeitConfig, BeitForImageClassification, BeitModel
 
 from flashbias.integrations import patch, supports

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.integrations.transformers.vision import VisionSuite, draw_tables, relative
+from tests.integrations.suite import relative
+from tests.integrations.transformers.vision import VisionSuite
+from tests.integrations.vision import draw_tables
 from transformers import Data2VecVisionConfig, Data2VecVisionModel
 
 from flashbias.integrations import patch

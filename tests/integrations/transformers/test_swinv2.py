@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.integrations.transformers.vision import VisionSuite, compiles_to_one_graph, relative
+from tests.integrations.suite import relative
+from tests.integrations.transformers.vision import VisionSuite
+from tests.integrations.vision import compiles_to_one_graph
 from torch import nn
 from transformers import Swinv2Backbone, Swinv2Config, Swinv2ForImageClassification, Swinv2Model
 
@@ -64,7 +66,7 @@ class TestSwinV2(VisionSuite):
         model = self.make()
         patch(model)
         attention = model.get_submodule("encoder.layers.0.blocks.1.attention.self")
-        with pytest.raises(ValueError, match=r"attention_mask must be what the patched layer makes, .*\(4, 25, 25\)"):
+        with pytest.raises(ValueError, match=r"the mask must be what the patched layer makes, .*\(4, 25, 25\)"):
             attention(torch.randn(4, 25, 32), torch.zeros(4, 25, 25))
 
     def test_layers_with_other_masks_are_not_supported(self) -> None:

@@ -1,8 +1,8 @@
 """Models of Hugging Face's `transformers`, one family per file.
 
 What the families share: `masks.py` keeps masks at one entry per key, `attend.py` holds the two forms that a bias takes
-in language models and the call itself, `windows.py` tables of offsets and shifted windows, `base.py` what has to change
-in a model besides its attentions.
+in language models and the call under such a mask, `windows.py` the layers that shift windows, `base.py` what has to
+change in a model besides its attentions. What they share with other libraries' models lies one folder up.
 """
 
 from __future__ import annotations

@@ -8,19 +8,17 @@ slope_h * (j - i) + slope_h * i, which no probability sees
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flashbias.attention import attention
 from flashbias.biases.base import position_codes, wide_dtype
 from flashbias.biases.buckets import relative_bucket
 from flashbias.factored import FactoredBias
-from flashbias.integrations.base import SETTINGS
+from flashbias.integrations.call import Settings, call
 from flashbias.integrations.transformers.masks import visibility
 
-__all__ = ["Buckets", "Settings", "attend", "per_key", "settings_of", "table_bias"]
+__all__ = ["BucketSettings", "Buckets", "attend", "per_key", "table_bias"]
 
 
 class Buckets:
@@ -58,31 +56,14 @@ class Buckets:
 
 
 @dataclass
-class Settings:
-    """What a patched attention needs to know beyond what its module knows.
+class BucketSettings(Settings):
+    """Settings of an attention with an embedding of buckets.
 
     Args:
-        impl: as in `flashbias.attention`.
-        buckets: how the module's own embedding is read, if it has one.
+        buckets: how the embedding is read; None where there is none.
     """
 
-    impl: str
     buckets: Buckets | None = None
-
-
-def settings_of(module: nn.Module) -> Settings:
-    """Return what `patch` has noted at a module.
-
-    Raises:
-        RuntimeError: nothing: the module is not patched, and something sent it here all the same.
-    """
-    settings = module.__dict__.get(SETTINGS)
-    if settings is None:
-        raise RuntimeError(
-            f"{type(module).__name__} is not patched, yet its attention implementation says so; "
-            "leave attn_implementation as it is and call flashbias.patch(model)"
-        )
-    return settings
 
 
 def table_bias(table: Tensor, seqlen_q: int, seqlen_k: int) -> FactoredBias:
@@ -141,17 +122,5 @@ def attend(
     Returns:
         `[*batch, N, H, head_dim]`.
     """
-    options: dict[str, Any] = visibility(mask, query.shape[-2], key.shape[-2], is_causal)
-    out = attention(
-        query,
-        key,
-        value,
-        bias,
-        scale=scale,
-        enable_gqa=True,
-        dropout_p=dropout_p if module.training else 0.0,
-        impl=settings_of(module).impl,
-        **options,
-    )
-    assert isinstance(out, Tensor)
-    return out.transpose(-3, -2)
+    seen = visibility(mask, query.shape[-2], key.shape[-2], is_causal)
+    return call(module, query, key, value, bias, scale=scale, dropout_p=dropout_p, **seen)

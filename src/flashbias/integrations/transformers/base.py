@@ -14,30 +14,25 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from flashbias.integrations.base import SETTINGS, Changes, Family, Options, Plan, known_class
-from flashbias.integrations.report import AttentionEntry
-from flashbias.integrations.transformers.attend import Settings
+from flashbias.integrations.base import SETTINGS, Changes, ExactFamily, Options, known_class
+from flashbias.integrations.call import Settings
 from flashbias.integrations.transformers.masks import MASKS_ONLY, ready_made
 
 __all__ = ["TransformersFamily"]
 
 
-class TransformersFamily(Family, register=False):
+class TransformersFamily(ExactFamily, register=False):
     """A family whose attentions lie in stacks: modules that hold a `config` and hand one mask to all attentions.
 
     Attributes:
         stacks: full names of the stacks' classes.
         implementation: the name under which the stacks' configuration asks for masks.
         decodes: whether the stacks hide later tokens, where they do not say so themselves.
-        form: what the bias becomes, for the report.
-        rank: columns of its factors.
     """
 
     stacks: ClassVar[tuple[str, ...]]
     implementation: ClassVar[str] = MASKS_ONLY
     decodes: ClassVar[bool] = True
-    form: ClassVar[str]
-    rank: ClassVar[int]
 
     def unsupported(self, model: nn.Module, attention: nn.Module) -> str | None:
         """Name what stands in the way: a part of a model, an option of its configuration."""
@@ -52,11 +47,6 @@ class TransformersFamily(Family, register=False):
             if is_decoder and getattr(stack.config, "is_causal", True) is False:
                 return "config.is_causal=False: the decoder would attend to later tokens"
         return None
-
-    def plan(self, name: str, attention: nn.Module, options: Options) -> Plan:
-        """Replace it by its exact form."""
-        entry = AttentionEntry(name, self.name, "replaced", self.form, self.rank, 0.0)
-        return Plan(entry, lambda changes: self.change(attention, options, changes))
 
     def change(self, attention: nn.Module, options: Options, changes: Changes) -> None:
         """Change one attention."""

@@ -25,7 +25,7 @@ from flashbias.integrations.base import Changes, known_class
 from flashbias.integrations.transformers.attend import attend
 from flashbias.integrations.transformers.base import TransformersFamily
 from flashbias.integrations.transformers.masks import key_mask
-from flashbias.integrations.transformers.windows import Window
+from flashbias.integrations.windows import LatestWindow, Window
 
 __all__ = ["Beit", "PatchFamily", "PositionBias"]
 
@@ -105,7 +105,7 @@ class PatchFamily(TransformersFamily, register=False):
         super().prepare(model, changes)
         for module in model.modules():
             if known_class(module, self.biases) is not None:
-                changes.set(module, "forward", partial(position_bias, module, _Latest()))
+                changes.set(module, "forward", partial(position_bias, module, LatestWindow()))
 
 
 class Beit(PatchFamily):
@@ -118,22 +118,9 @@ class Beit(PatchFamily):
     implementation = IMPLEMENTATION
 
 
-class _Latest:
-    """The window of the latest image: a model sees many images of one size."""
-
-    def __init__(self) -> None:
-        self.window: Window | None = None
-
-    def of(self, size: tuple[int, int]) -> Window:
-        window = self.window
-        if window is None or window.size != size:
-            window = self.window = Window(size, class_token=True)
-        return window
-
-
 def position_bias(
     module: Any,
-    latest: _Latest,
+    latest: LatestWindow,
     window_size: tuple[int, int],
     interpolate_pos_encoding: bool = False,
     dim_size: int | None = None,
@@ -156,7 +143,7 @@ def position_bias(
     height, width = size = (int(window_size[0]), int(window_size[1]))
     if interpolate_pos_encoding and dim_size != height * width + 1:
         raise ValueError(f"dim_size must be {height * width + 1} for {height} x {width} patches, got {dim_size}")
-    return PositionBias(stretched(module, size), latest.of(size))
+    return PositionBias(stretched(module, size), latest.of(size, class_token=True))
 
 
 def stretched(module: Any, size: tuple[int, int]) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from flashbias.integrations.base import Changes, Options
 from flashbias.integrations.transformers.attend import attend
 from flashbias.integrations.transformers.beit import PatchFamily, PositionBias
-from flashbias.integrations.transformers.windows import split_heads
+from flashbias.integrations.windows import split_heads
 
 __all__ = ["Data2VecVision"]
 

@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from flashbias.integrations.base import SETTINGS, Changes, Options
-from flashbias.integrations.transformers.attend import Buckets, Settings, attend, table_bias
+from flashbias.integrations.call import Settings
+from flashbias.integrations.transformers.attend import Buckets, attend, table_bias
 from flashbias.integrations.transformers.base import TransformersFamily
 
 __all__ = ["MPNet"]

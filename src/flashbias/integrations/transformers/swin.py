@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from flashbias.integrations.transformers.windows import WindowedFamily, attend_in_windows, split_heads
+from flashbias.integrations.transformers.windows import WindowedFamily
+from flashbias.integrations.windows import attend_in_windows, split_heads
 
 __all__ = ["Swin"]
 
@@ -27,12 +28,14 @@ def forward(
     """`SwinAttention.forward` with its own table."""
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
     query, key, value = (split_heads(project(hidden_states), attention.head_dim) for project in projections)
+    table = attention.relative_position_bias
     out = attend_in_windows(
         attention,
         query,
         key,
         value,
-        attention.relative_position_bias.relative_position_bias_table,
+        table.relative_position_bias_table,
+        table.window_size,
         attention_mask,
         penalty=PENALTY,
         scale=attention.scaling,
@@ -49,8 +52,3 @@ class Swin(WindowedFamily):
     stacks = (f"{FILE}.SwinEncoder",)
     layers = (f"{FILE}.SwinLayer",)
     forward = staticmethod(forward)
-
-    def window_of(self, attention: Any) -> tuple[int, int]:
-        """Height and width of the windows."""
-        height, width = attention.relative_position_bias.window_size
-        return height, width

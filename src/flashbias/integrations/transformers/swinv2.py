@@ -11,26 +11,17 @@ itself, so the module's forward is replaced.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from flashbias.biases.base import wide_dtype
-from flashbias.integrations.transformers.windows import WindowedFamily, attend_in_windows, split_heads
+from flashbias.integrations.transformers.windows import WindowedFamily
+from flashbias.integrations.windows import attend_in_windows, cosine_operands, sigmoid_table, split_heads
 
 __all__ = ["SwinV2"]
 
 FILE = "transformers.models.swinv2.modeling_swinv2"
 PENALTY = 200.0
-LARGEST_SCALE = 100.0
-
-
-def offset_table(attention: Any) -> Tensor:
-    """The bias at each offset, `[offsets, H]`, in the order of Swin's tables."""
-    values = attention.continuous_position_bias_mlp(attention.relative_coords_table)
-    return 16 * values.view(-1, attention.num_attention_heads).to(wide_dtype(values)).sigmoid()
 
 
 def forward(
@@ -43,13 +34,12 @@ def forward(
     """`Swinv2SelfAttention.forward` with the table of its network."""
     projections = (attention.query, attention.key, attention.value)
     query, key, value = (split_heads(project(hidden_states), attention.attention_head_size) for project in projections)
-    scale = attention.logit_scale.clamp(max=math.log(LARGEST_SCALE)).exp()
     out = attend_in_windows(
         attention,
-        (normalize(query, dim=-1) * scale).to(query.dtype),
-        normalize(key, dim=-1).to(key.dtype),
+        *cosine_operands(query, key, attention.logit_scale),
         value,
-        offset_table(attention),
+        sigmoid_table(attention.continuous_position_bias_mlp(attention.relative_coords_table)),
+        attention.window_size,
         attention_mask,
         penalty=PENALTY,
         scale=1.0,
@@ -66,8 +56,3 @@ class SwinV2(WindowedFamily):
     stacks = (f"{FILE}.Swinv2Encoder",)
     layers = (f"{FILE}.Swinv2Layer",)
     forward = staticmethod(forward)
-
-    def window_of(self, attention: Any) -> tuple[int, int]:
-        """Height and width of the windows."""
-        height, width = attention.window_size
-        return height, width

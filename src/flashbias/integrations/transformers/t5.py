@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from flashbias.integrations.base import SETTINGS, Changes, Options, Plan
+from flashbias.integrations.call import settings_of
 from flashbias.integrations.report import AttentionEntry
-from flashbias.integrations.transformers.attend import Buckets, Settings, attend, settings_of, table_bias
+from flashbias.integrations.transformers.attend import Buckets, BucketSettings, attend, table_bias
 from flashbias.integrations.transformers.base import TransformersFamily
 from flashbias.integrations.transformers.masks import IMPLEMENTATION
 
@@ -52,10 +53,10 @@ class T5(TransformersFamily):
     def change(self, attention: Any, options: Options, changes: Changes) -> None:
         """Let the module hand out its table, or nothing."""
         if attention.has_relative_attention_bias:
-            changes.set(attention, SETTINGS, Settings(options.impl, Buckets(*_buckets(attention))))
+            changes.set(attention, SETTINGS, BucketSettings(options.impl, Buckets(*_buckets(attention))))
             changes.set(attention, "compute_bias", partial(position_table, attention))
             return
-        changes.set(attention, SETTINGS, Settings(options.impl))
+        changes.set(attention, SETTINGS, BucketSettings(options.impl))
         if _is_cross(attention):
             changes.hook(attention.register_forward_pre_hook(without_table, with_kwargs=True))
 

@@ -1,0 +1,91 @@
+"""BEiT: BERT Pre-Training of Image Transformers, https://arxiv.org/abs/2106.08254.
+
+    b[h, i, j] = relative_position_bias_table[offset(i, j), h], with a row each for class token to patch, patch to class
+                 token, class token to itself; one table for each block, one for all, or both
+
+Exact through a table. The module that would form the bias of all blocks hands out its table instead; where a block has
+one too, the two are added, entry by entry. BEiT v2 (https://arxiv.org/abs/2208.06366) is the same model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from flashbias.factored import FactoredBias
+from flashbias.integrations.base import Changes, known_class
+from flashbias.integrations.call import call
+from flashbias.integrations.timm.base import OffsetTable, TimmFamily, finish, query_key_value
+from flashbias.integrations.windows import window_bias
+
+__all__ = ["Beit"]
+
+FILE = "timm.models.beit"
+SHARED = (f"{FILE}.RelativePositionBias",)
+
+
+def forward(attention: Any, x: Tensor, shared_rel_pos_bias: OffsetTable | None = None) -> Tensor:
+    """`Attention.forward` with the table of the block, of the model, or both."""
+    query, key, value = query_key_value(attention, x)
+    bias = bias_of(attention, shared_rel_pos_bias)
+    out = call(attention, query, key, value, bias, scale=attention.scale, dropout_p=attention.attn_drop.p)
+    return finish(attention, out.flatten(-2))
+
+
+def bias_of(attention: Any, shared: OffsetTable | None) -> FactoredBias | None:
+    """The bias of a block.
+
+    Args:
+        attention: has a `relative_position_bias_table`, or None for one.
+        shared: the table of all blocks, or None.
+
+    Raises:
+        ValueError: `shared` comes from somewhere else.
+    """
+    if not isinstance(shared, OffsetTable | None):
+        raise ValueError(
+            f"shared_rel_pos_bias must come from a patched model, got {type(shared).__name__}; "
+            "call the model, not one of its blocks"
+        )
+    own = attention.relative_position_bias_table
+    if shared is None:
+        return None if own is None else window_bias(attention, own, attention.window_size, class_token=True)
+    weight = shared.weight if own is None else own + shared.weight
+    return window_bias(attention, weight, shared.window, class_token=True)
+
+
+def shared_table(module: Any) -> OffsetTable:
+    """In place of the forward of `RelativePositionBias`: the table in place of the bias."""
+    return OffsetTable(module.relative_position_bias_table, module.window_size, class_token=True)
+
+
+class Beit(TimmFamily):
+    """BEiT, v1 and v2."""
+
+    name = "BEiT (timm)"
+    attentions = (f"{FILE}.Attention",)
+    forward = staticmethod(forward)
+
+    def found_in(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """Without either table there are absolute positions alone."""
+        shared = any(known_class(module, SHARED) is not None for module in model.modules())
+        for name, attention in super().found_in(model):
+            if shared or attention.relative_position_bias_table is not None:
+                yield name, attention
+
+    def unsupported(self, model: nn.Module, attention: nn.Module) -> str | None:
+        """Also: a module that forms another bias."""
+        for module in model.modules():
+            cls = known_class(module, SHARED)
+            if cls is not None and type(module).forward is not cls.forward:
+                return f"{type(module).__name__} overrides the forward of {cls.__name__}"
+        return super().unsupported(model, attention)
+
+    def prepare(self, model: nn.Module, changes: Changes) -> None:
+        """Let the module that would form the bias of all blocks hand out its table."""
+        for module in model.modules():
+            if known_class(module, SHARED) is not None:
+                changes.set(module, "forward", partial(shared_table, module))

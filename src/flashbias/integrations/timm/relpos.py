@@ -1,0 +1,166 @@
+"""Models with timm's modules of relative positions: MaxViT, CoAtNet, ViT with relative positions.
+
+    RelPosBias     b[h, i, j] = relative_position_bias_table[offset(i, j), h], as in Swin; with a class token as in BEiT
+    RelPosBiasTf   b[h, i, j] = relative_position_bias_table[h, dy, dx], (dy, dx) the place of key j minus that of i
+    RelPosMlp      b[h, i, j] = gain * act(mlp(log offset(i, j)))_h, and 0 for a class token
+
+Exact through a table. MaxViT (https://arxiv.org/abs/2204.01697) attends in windows and in grids of as many tokens,
+CoAtNet (https://arxiv.org/abs/2106.04803) between all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from flashbias.biases.base import wide_dtype
+from flashbias.integrations.base import Changes, known_class
+from flashbias.integrations.call import call
+from flashbias.integrations.timm.base import OffsetTable, TimmFamily, finish, query_key_value
+from flashbias.integrations.windows import window_bias
+
+__all__ = ["MaxViT", "RelPosViT", "offset_table"]
+
+TABLE, TABLE_TF, NETWORK = (f"timm.layers.pos_embed_rel.RelPos{kind}" for kind in ("Bias", "BiasTf", "Mlp"))
+CHANNELS_FIRST = "timm.models.maxxvit.Attention2d"
+CLASS_ROWS = 3
+"""Rows of a table that belong to the class token; they are the last."""
+
+
+def offset_table(rel_pos: Any) -> OffsetTable:
+    """In place of the `get_bias` of one of timm's modules of relative positions: its table."""
+    class_token = bool(getattr(rel_pos, "prefix_tokens", 0))
+    if known_class(rel_pos, (TABLE,)):
+        weight = rel_pos.relative_position_bias_table
+    elif known_class(rel_pos, (TABLE_TF,)):
+        weight = rel_pos.relative_position_bias_table.flip(1, 2).flatten(1).mT
+    else:
+        values = rel_pos.mlp(rel_pos.rel_coords_log).flatten(0, 1)
+        values = rel_pos.bias_act(values.to(wide_dtype(values)))
+        values = values if rel_pos.bias_gain is None else rel_pos.bias_gain * values
+        weight = pad(values, (0, 0, 0, CLASS_ROWS * class_token))
+    return OffsetTable(weight, rel_pos.window_size, class_token)
+
+
+def attend(attention: Any, query: Tensor, key: Tensor, value: Tensor, shared: OffsetTable | None) -> Tensor:
+    """Attend with the table of the attention, or else of the model.
+
+    Args:
+        attention: has `rel_pos`, which may be None, `scale` and `attn_drop`.
+        query: `[B, H, N, head_dim]`.
+        key: likewise.
+        value: likewise.
+        shared: the table that the model hands out to all attentions, or None.
+
+    Returns:
+        `[B, N, H * head_dim]`.
+
+    Raises:
+        ValueError: `shared` comes from somewhere else.
+    """
+    table = shared if attention.rel_pos is None else offset_table(attention.rel_pos)
+    if not isinstance(table, OffsetTable | None):
+        raise ValueError(
+            f"shared_rel_pos must come from a patched model, got {type(table).__name__}; "
+            "call the model, not one of its blocks"
+        )
+    bias = None if table is None else window_bias(attention, table.weight, table.window, table.class_token)
+    out = call(attention, query, key, value, bias, scale=attention.scale, dropout_p=attention.attn_drop.p)
+    return out.flatten(-2)
+
+
+def unknown(rel_pos: Any) -> str | None:
+    """Say why the bias of a module of relative positions is not known, None if it is."""
+    kind, cls = type(rel_pos), known_class(rel_pos, (TABLE, TABLE_TF, NETWORK))
+    if cls is None:
+        return f"its relative positions are a {kind.__name__}; known are RelPosBias, RelPosBiasTf and RelPosMlp"
+    if any(getattr(kind, method) is not getattr(cls, method) for method in ("forward", "get_bias")):
+        return f"{kind.__name__} overrides what makes the bias of {cls.__name__}"
+    return None
+
+
+# -------------------------------------------------------------------- MaxViT and CoAtNet
+
+
+def forward_last(attention: Any, x: Tensor, shared_rel_pos: OffsetTable | None = None) -> Tensor:
+    """`AttentionCl.forward`, channels last."""
+    query, key, value = split(attention, attention.qkv(x).flatten(1, -2))
+    out = attend(attention, query, key, value, shared_rel_pos)
+    return finish(attention, out.unflatten(1, x.shape[1:-1]))
+
+
+def forward_first(attention: Any, x: Tensor, shared_rel_pos: OffsetTable | None = None) -> Tensor:
+    """`Attention2d.forward`, channels first."""
+    query, key, value = split(attention, attention.qkv(x).flatten(2).mT)
+    out = attend(attention, query, key, value, shared_rel_pos)
+    return finish(attention, out.mT.unflatten(-1, x.shape[2:]))
+
+
+def split(attention: Any, projected: Tensor) -> Iterable[Tensor]:
+    """Split tokens `[B, N, 3 * H * head_dim]` into queries, keys and values `[B, H, N, head_dim]`."""
+    if attention.head_first:
+        return projected.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2).chunk(3, dim=-1)
+    return projected.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+class MaxViT(TimmFamily):
+    """MaxViT, CoAtNet, and the models between them."""
+
+    name = "MaxViT (timm)"
+    attentions = ("timm.models.maxxvit.AttentionCl", CHANNELS_FIRST)
+
+    def is_biased(self, attention: Any) -> bool:
+        """Some attend without relative positions."""
+        return attention.rel_pos is not None
+
+    def unsupported(self, model: nn.Module, attention: Any) -> str | None:
+        """Also: a module that forms another bias."""
+        return unknown(attention.rel_pos) or super().unsupported(model, attention)
+
+    @staticmethod
+    def forward(attention: Any, x: Tensor, shared_rel_pos: OffsetTable | None = None) -> Tensor:
+        """The forward of either class."""
+        is_first = known_class(attention, (CHANNELS_FIRST,)) is not None
+        return (forward_first if is_first else forward_last)(attention, x, shared_rel_pos)
+
+
+# -------------------------------------------------------------------- ViT with relative positions
+
+
+def forward(attention: Any, x: Tensor, shared_rel_pos: OffsetTable | None = None) -> Tensor:
+    """`RelPosAttention.forward` with the table of the block, or of the model."""
+    query, key, value = query_key_value(attention, x)
+    return finish(attention, attend(attention, attention.q_norm(query), attention.k_norm(key), value, shared_rel_pos))
+
+
+class RelPosViT(TimmFamily):
+    """ViT with relative positions, per block or one for all."""
+
+    name = "ViT with relative positions (timm)"
+    attentions = ("timm.models.vision_transformer_relpos.RelPosAttention",)
+    models = ("timm.models.vision_transformer_relpos.VisionTransformerRelPos",)
+    forward = staticmethod(forward)
+
+    def found_in(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """Without either module there is no bias."""
+        shared = any(True for _ in self._shared_in(model))
+        return ((name, found) for name, found in super().found_in(model) if shared or found.rel_pos is not None)
+
+    def unsupported(self, model: nn.Module, attention: Any) -> str | None:
+        """Also: a module that forms another bias."""
+        own = () if attention.rel_pos is None else (attention.rel_pos,)
+        reasons = (unknown(rel_pos) for rel_pos in (*own, *self._shared_in(model)))
+        return next(filter(None, reasons), None) or super().unsupported(model, attention)
+
+    def prepare(self, model: nn.Module, changes: Changes) -> None:
+        """Let the module that would form the bias of all blocks hand out its table."""
+        for rel_pos in self._shared_in(model):
+            changes.set(rel_pos, "get_bias", partial(offset_table, rel_pos))
+
+    def _shared_in(self, model: nn.Module) -> Iterator[Any]:
+        models = (module for module in model.modules() if known_class(module, self.models) is not None)
+        return (found.shared_rel_pos for found in models if found.shared_rel_pos is not None)

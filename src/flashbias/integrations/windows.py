@@ -1,0 +1,201 @@
+"""What vision models of all libraries share: tables over offsets in a window, shifted windows, Swin V2's cosine scores.
+
+Shifted windows. In place of their masks `[windows, N, N]` the layers hand out which region each token is in,
+`[windows, N]`; `flashbias.biases.regions` says which regions these are, and how they become factors of rank 3, shared
+by all heads and images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from flashbias.biases.base import wide_dtype
+from flashbias.biases.regions import region_factors
+from flashbias.biases.window import WindowBias
+from flashbias.factored import FactoredBias
+from flashbias.integrations.call import Settings, call, settings_of
+
+__all__ = [
+    "LatestWindow",
+    "Window",
+    "WindowSettings",
+    "attend_in_windows",
+    "cosine_operands",
+    "sigmoid_table",
+    "split_heads",
+    "window_bias",
+]
+
+REGIONS = 4
+"""Of a window: both axes are shifted, and each has two sides."""
+
+LARGEST_SCALE = 100.0
+"""Of Swin V2's scores."""
+
+
+class Window:
+    """How a model's own table of offsets is read as a relative table.
+
+    Args:
+        window: height and width, in tokens.
+        class_token: a class token stands before the others.
+    """
+
+    def __init__(self, window: tuple[int, int], class_token: bool = False) -> None:
+        self.size, self.class_token = window, class_token
+        self.rows, self.code_q, self.code_k = _rows_and_codes(*window, class_token)
+
+    def bias(self, weight: Tensor) -> FactoredBias:
+        """Read a table.
+
+        Args:
+            weight: `[offsets, H]`, with three more rows where there is a class token.
+
+        Returns:
+            A table in float32 at least, rank 0, differentiable with respect to `weight`.
+        """
+        if self.rows.device != weight.device:
+            self.rows, self.code_q, self.code_k = (x.to(weight.device) for x in (self.rows, self.code_q, self.code_k))
+        table = weight.to(wide_dtype(weight))[self.rows].mT.contiguous()
+        return FactoredBias.from_table(table, len(self.code_q), len(self.code_k), self.code_q, self.code_k)
+
+
+@torch.compiler.assume_constant_result
+def _rows_and_codes(height: int, width: int, class_token: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Which row of the model's table each entry of a `WindowBias` table is, and the codes of queries and keys."""
+    # A new table is drawn at random, which must not show in the numbers that the model draws.
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad():
+        numbered = WindowBias(1, (height, width), class_token)
+        numbered.weight.copy_(torch.arange(len(numbered.weight))[:, None])
+        bias = numbered()
+    assert bias.table is not None
+    return bias.table[0].long(), *bias.codes()
+
+
+class LatestWindow:
+    """The window that was asked for last: a model sees many images of one size."""
+
+    def __init__(self) -> None:
+        self.window: Window | None = None
+
+    def of(self, size: tuple[int, int], class_token: bool = False) -> Window:
+        """The window of this height and width."""
+        window = self.window
+        if window is None or window.size != size or window.class_token != class_token:
+            window = self.window = Window(size, class_token)
+        return window
+
+
+@dataclass
+class WindowSettings(Settings):
+    """Settings of an attention with a table over windows.
+
+    Args:
+        latest: how the table is read.
+    """
+
+    latest: LatestWindow = field(default_factory=LatestWindow)
+
+
+def window_bias(module: nn.Module, weight: Tensor, window: Sequence[int], class_token: bool = False) -> FactoredBias:
+    """Read a table of offsets.
+
+    Args:
+        module: the attention, patched, with `WindowSettings`.
+        weight: `[offsets, H]`, query minus key in row-major order; three more rows where there is a class token.
+        window: height and width, in tokens.
+        class_token: a class token stands before the others.
+
+    Returns:
+        As `Window.bias`.
+    """
+    settings = settings_of(module)
+    assert isinstance(settings, WindowSettings)
+    height, width = window
+    return settings.latest.of((height, width), class_token).bias(weight)
+
+
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """`[B, N, H * head_dim]` to `[B, H, N, head_dim]`."""
+    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
+def attend_in_windows(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    window: Sequence[int],
+    mask: Tensor | None,
+    *,
+    penalty: float,
+    scale: float,
+    dropout_p: float,
+) -> Tensor:
+    """Compute the attention of a patched module in all windows of all images.
+
+    Args:
+        module: the attention, patched, with `WindowSettings`.
+        query: `[images * windows, H, N, head_dim]`.
+        key: likewise.
+        value: likewise.
+        weight: the table of offsets, `[offsets, H]`.
+        window: height and width of the windows, in tokens.
+        mask: the regions `[windows, N]` that the patched layer made, or None.
+        penalty: what the model takes off the score of a pair from two regions.
+        scale: factor of the dot products.
+        dropout_p: probability of dropping an attention weight in training.
+
+    Returns:
+        `[images * windows, N, H * head_dim]`.
+
+    Raises:
+        ValueError: `mask` comes from somewhere else.
+    """
+    bias = window_bias(module, weight, window)
+    if mask is not None:
+        if mask.dim() != 2:
+            raise ValueError(
+                f"the mask must be what the patched layer makes, [windows, N], got {tuple(mask.shape)}; "
+                "call the layer, not its attention"
+            )
+        query, key, value = (x.unflatten(0, (-1, len(mask))) for x in (query, key, value))
+        numbers = torch.arange(REGIONS, device=mask.device)
+        # 100 and 200 are exact in bfloat16, which needs the fewest columns.
+        bias = bias + region_factors(mask[:, None], mask[:, None], numbers, penalty, torch.bfloat16)
+    out = call(module, query, key, value, bias, scale=scale, dropout_p=dropout_p).flatten(-2)
+    return out if mask is None else out.flatten(0, 1)
+
+
+# -------------------------------------------------------------------- Swin V2
+
+
+def cosine_operands(query: Tensor, key: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys whose dot products are `min(exp(logit_scale), 100) * cos(query, key)`.
+
+    Args:
+        query: `[B, H, N, head_dim]`.
+        key: `[B, H, M, head_dim]`.
+        logit_scale: `[H, 1, 1]`.
+
+    Returns:
+        Queries of the length of their head's scale, and keys of length 1.
+    """
+    scale = logit_scale.clamp(max=math.log(LARGEST_SCALE)).exp()
+    return (normalize(query, dim=-1) * scale).to(query.dtype), normalize(key, dim=-1).to(key.dtype)
+
+
+def sigmoid_table(values: Tensor) -> Tensor:
+    """The bias at each offset, `16 * sigmoid(values)`, `[offsets, H]`.
+
+    Args:
+        values: `[1, 2 * height - 1, 2 * width - 1, H]`, of the network that is asked once for each offset.
+    """
+    return 16 * values.flatten(0, -2).to(wide_dtype(values)).sigmoid()
