@@ -130,6 +130,9 @@ def test_find_cases():
     own = Case("own", (1,), 1, 8, 8, 2)
     assert find_cases(["swin-49", own]) == [CASES["swin-49"], own]
     assert find_cases(["swin-49"], small=True) == [CASES["swin-49"].small()]
+    assert find_cases(["own"], known={"own": own}) == [own]
+    with pytest.raises(ValueError, match=r"unknown case 'swin-49'; cases are own$"):
+        find_cases(["swin-49"], known={"own": own})
     with pytest.raises(ValueError, match=r"unknown case 'swin-48'.*swin-49"):
         find_cases(["swin-48"])
     with pytest.raises(ValueError, match="no case given"):

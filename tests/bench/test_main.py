@@ -45,9 +45,30 @@ def test_list_names_cases_and_providers(capsys):
     assert "ours/sdpa" in printed
 
 
+def test_the_paper_is_a_suite_of_its_own(tmp_path, capsys):
+    assert main(["paper", "--list"]) == 0
+    printed = capsys.readouterr().out
+    assert "pangu-fine" in printed
+    assert "mesh-32k" not in printed
+
+    chosen = ["--cases", "gpt2-2k", "--passes", "fwd", "--providers", "ours/sdpa", "--out", str(tmp_path)]
+    assert main([*chosen, *SHORT[:1], "paper", *SHORT[1:]]) == 0
+    assert f"wrote {tmp_path / 'paper.csv'} {tmp_path / 'paper.md'}" in capsys.readouterr().out
+    assert "| Table 3, forward: " in (tmp_path / "paper.md").read_text()
+
+    page = tmp_path / "page.md"
+    page.write_text("<!-- paper:begin summary --><!-- paper:end -->")
+    assert main(["paper", "--write-tables", str(tmp_path), str(page)]) == 0
+    assert "| Table 3, forward: " in page.read_text()
+    assert main(["--write-tables", str(tmp_path), str(page)]) == 2
+    assert "no bench.csv below" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
+        ["papers"],
+        ["paper", "--cases", "swin-49"],
         ["--cases", "swin"],
         ["--providers", "nobody"],
         ["--dtypes", "int8"],

@@ -8,6 +8,7 @@ import torch
 from flashbias.attention.plan import plan
 from flashbias.attention.workload import Workload
 from flashbias.bench import case_names, provider_names, read_rows
+from flashbias.bench.paper import PAPER_CASES
 from flashbias.cli.app import run
 
 
@@ -36,6 +37,30 @@ def test_a_small_run_writes_a_csv_that_can_be_shown_again(tmp_path: Path, capsys
     assert (row.case, row.pass_name, row.provider, row.status) == ("swin-49@small", "fwd", "ours/sdpa", "ok")
     assert run(["bench", "--table", str(tmp_path / "tiny.csv")]) == 0
     assert capsys.readouterr().out.strip() in first
+
+
+def test_the_paper_writes_a_page_beside_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["bench", "paper", "--list"]) == 0
+    assert set(PAPER_CASES) <= set(capsys.readouterr().out.split())
+
+    monkeypatch.chdir(tmp_path)
+    chosen = ["--small", "--pass", "fwd", "--dtype", "float32", "--device", "cpu"]
+    chosen += ["--case", "gpt2-2k", "--case", "car-8k", "--provider", "ours/sdpa"]
+    assert run(["bench", "paper", *chosen]) == 0
+    first = capsys.readouterr().out
+    folder = Path("results/paper")
+    assert {file.name for file in folder.iterdir()} == {"paper.csv", "paper.json", "paper.md"}
+    rows = read_rows(folder / "paper.csv")
+    assert [(row.case, row.status) for row in rows] == [("gpt2-2k@small", "ok"), ("car-8k@small", "ok")]
+    page = (folder / "paper.md").read_text()
+    assert "Table 3, forward: GPT-2" in page and "Table 5, forward: PDE" in page and "39.26" in page
+
+    assert run(["bench", "paper", "--table", str(folder / "paper.csv")]) == 0
+    assert capsys.readouterr().out.strip() in first
+    assert run(["bench", *chosen[:1], "paper", *chosen[1:], "--resume"]) == 0  # the word may stand anywhere
+    assert read_rows(folder / "paper.csv") == rows
 
 
 def test_a_calibration_measures_fits_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,6 +94,9 @@ def test_a_calibration_measures_fits_and_reports(tmp_path: Path, capsys: pytest.
         (["--calibrate", "--case", "nothing"], "unknown case 'nothing'"),
         (["--calibrate", "--out", "mine.csv/x.csv.json", "--device", "tpu"], "--device must be"),
         (["--out", __file__], "--out must be a folder"),
+        (["paper", "--calibrate"], "--calibrate has cases of its own and does not go with 'paper'"),
+        (["papers"], "unknown suite 'papers'; there are bench, paper"),
+        (["paper", "--case", "swin-49"], "unknown case 'swin-49'; cases are gpt2-2k"),
     ],
 )
 def test_a_calibration_that_cannot_be_is_answered_in_one_line(

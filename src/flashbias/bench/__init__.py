@@ -15,14 +15,17 @@ from flashbias.bench.peers import Unsupported
 from flashbias.bench.providers import Prepared, Provider, provider_names
 from flashbias.bench.report import Row, read_rows, render, write_tables
 from flashbias.bench.runner import run
+from flashbias.bench.suites import SUITES, Suite
 
 __all__ = [
     "CASES",
+    "SUITES",
     "Case",
     "Inputs",
     "Prepared",
     "Provider",
     "Row",
+    "Suite",
     "Unsupported",
     "case_names",
     "provider_names",

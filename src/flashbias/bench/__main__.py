@@ -6,11 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from flashbias.bench.cases import CASES
 from flashbias.bench.providers import FAMILIES, registry
-from flashbias.bench.report import Row, render, write_tables
+from flashbias.bench.report import Row, write_tables
 from flashbias.bench.rows import DTYPES, PASSES
-from flashbias.bench.runner import run
+from flashbias.bench.suites import SUITES, Suite, find_suite
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -18,28 +17,29 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
+        suite = find_suite(options.suite)
         if options.list:
-            _list()
+            _list(suite)
         elif options.render:
-            print(render(options.render))
+            print(suite.render(options.render))
         elif options.write_tables:
             results, *files = options.write_tables
-            for path in write_tables(results, files):
+            for path in write_tables(results, files, suite.name, suite.render):
                 print(f"updated {path}")
         else:
-            path = _run(options)
-            print(f"\n{render(path)}\nwrote {path}")
+            paths = _run(suite, options)
+            print(f"\n{suite.render(paths[0])}\nwrote {' '.join(map(str, paths))}")
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _run(options: argparse.Namespace) -> Path:
-    return run(
+def _run(suite: Suite, options: argparse.Namespace) -> list[Path]:
+    return suite.run(
         options.cases,
         options.passes,
-        options.providers,
+        options.providers or suite.providers,
         options.dtypes,
         options.out,
         _print_row,
@@ -64,10 +64,10 @@ def _print_row(done: int, total: int, row: Row) -> None:
     print(f"[{done:4d}/{total}] {where} {time}  {row.status} {error}", flush=True)
 
 
-def _list() -> None:
+def _list(suite: Suite) -> None:
     print("cases")
-    for case in CASES.values():
-        print(f"  {case.name:14s} {case.shape}  ({', '.join(case.tags)})")
+    for case in suite.cases.values():
+        print(f"  {case.name:15s} {case.shape}  ({', '.join(case.tags)})")
     print("providers")
     for name in registry():
         print(f"  {name}")
@@ -80,14 +80,21 @@ def _parser() -> argparse.ArgumentParser:
         "first; a wrong one has no number. Writes NAME.csv and NAME.json.",
     )
     add = parser.add_argument
+    add(
+        "suite",
+        nargs="?",
+        default="bench",
+        metavar="SUITE",
+        help=f"{' or '.join(SUITES)}; default bench, the frozen cases. paper: the shapes of the paper's Tables 3 to 7, "
+        "and a page NAME.md with its figures beside ours",
+    )
     add("--cases", nargs="+", metavar="CASE", help="default: all (see --list)")
     add("--passes", nargs="+", default=list(PASSES), metavar="PASS", help="fwd, fwdbwd; default both")
     add(
         "--providers",
         nargs="+",
-        default=list(FAMILIES),
         metavar="WHO",
-        help=f"names, patterns such as '*/flex', or families: {', '.join(FAMILIES)}; default all families",
+        help=f"names, patterns such as '*/flex', or families: {', '.join(FAMILIES)}; default: those of the suite",
     )
     add(
         "--dtypes",
@@ -103,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder for the files; default benchmark/",
     )
-    add("--name", default="bench", help="name of the files; default bench")
+    add("--name", help="name of the files; default that of the suite")
     add(
         "--time-limit",
         type=float,
@@ -127,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         type=Path,
         metavar="PATH",
-        help="results folder, then Markdown files to update",
+        help="results folder, then Markdown files to update from the suite's runs",
     )
     return parser
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -209,21 +209,22 @@ def case_names() -> list[str]:
     return list(CASES)
 
 
-def find_cases(names: Iterable[str | Case], small: bool = False) -> list[Case]:
+def find_cases(names: Iterable[str | Case], small: bool = False, known: Mapping[str, Case] = CASES) -> list[Case]:
     """Look cases up by name.
 
     Args:
-        names: names of frozen cases, or cases, which pass through.
+        names: names of known cases, or cases, which pass through.
         small: take the small version of each.
+        known: cases by name; default the frozen ones.
 
     Raises:
         ValueError: an unknown name, or none at all.
     """
     found = []
     for name in names:
-        if isinstance(name, str) and name not in CASES:
-            raise ValueError(f"unknown case {name!r}; cases are {', '.join(CASES)}")
-        found.append(CASES[name] if isinstance(name, str) else name)
+        if isinstance(name, str) and name not in known:
+            raise ValueError(f"unknown case {name!r}; cases are {', '.join(known)}")
+        found.append(known[name] if isinstance(name, str) else name)
     if not found:
-        raise ValueError(f"no case given; cases are {', '.join(CASES)}")
+        raise ValueError(f"no case given; cases are {', '.join(known)}")
     return [case.small() for case in found] if small else found

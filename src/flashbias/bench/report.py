@@ -5,15 +5,25 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
-__all__ = ["COLUMNS", "Row", "read_rows", "render", "replace_file", "write_rows", "write_tables"]
-
-BEGIN, BEGIN_SUMMARY, END = "<!-- bench:begin -->", "<!-- bench:begin summary -->", "<!-- bench:end -->"
-RUN = "bench.csv"
-"""Name of the runs whose tables go into documents; other results may lie beside them."""
+__all__ = [
+    "COLUMNS",
+    "PASS_TITLES",
+    "Row",
+    "fastest",
+    "heading",
+    "markdown_table",
+    "markers",
+    "read_rows",
+    "render",
+    "render_rows",
+    "replace_file",
+    "write_rows",
+    "write_tables",
+]
 
 
 @dataclass(frozen=True)
@@ -107,19 +117,25 @@ def render(csv_path: Path | str, *, summary: bool = False) -> str:
     rows = read_rows(path)
     if not rows:
         raise ValueError(f"{path} holds no row")
-    parts = [_heading(path.with_suffix(".json"))]
+    parts = [heading(path.with_suffix(".json")), render_rows(rows, summary=summary)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def render_rows(rows: Sequence[Row], *, summary: bool = False) -> str:
+    """The tables of `render` without its heading."""
+    parts = []
     for pass_name, dtype in dict.fromkeys((row.pass_name, row.dtype) for row in rows):
         chosen = [row for row in rows if (row.pass_name, row.dtype) == (pass_name, dtype)]
-        title = f"{_PASS_TITLES.get(pass_name, pass_name)}, {dtype}"
+        title = f"{PASS_TITLES.get(pass_name, pass_name)}, {dtype}"
         parts.append(f"**{title}: median time, ms**\n\n{_time_table(chosen)}")
         if not summary and any(row.peak_mib for row in chosen):
             parts.append(f"**{title}: peak memory of the same, MiB**\n\n{_memory_table(chosen)}")
     if not summary and (missing := _without_number(rows)):
         parts.append(missing)
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return "\n\n".join(parts)
 
 
-_PASS_TITLES = {"fwd": "Forward", "fwdbwd": "Forward and backward"}
+PASS_TITLES = {"fwd": "Forward", "fwdbwd": "Forward and backward"}
 
 # Title of a column, and the families whose fastest provider it shows.
 _FAMILY_COLUMNS = (
@@ -146,10 +162,10 @@ Winners = dict[str, dict[str, Row | None]]  # case -> family -> its fastest row
 def _winners(rows: Sequence[Row]) -> Winners:
     winners: Winners = {}
     for case in dict.fromkeys(row.case for row in rows):
-        best = {family: _fastest(rows, case, family) for _, family in _FAMILY_COLUMNS}
+        best = {family: fastest(rows, case, family) for _, family in _FAMILY_COLUMNS}
         if ours := best["ours"]:  # compare an implementation with itself
             same = [r for r in rows if r.case == case and r.provider == ours.provider.replace("ours", "ours-bias-free")]
-            best["ours-bias-free"] = _fastest(same, case, "ours-bias-free") or best["ours-bias-free"]
+            best["ours-bias-free"] = fastest(same, case, "ours-bias-free") or best["ours-bias-free"]
         winners[case] = best
     return winners
 
@@ -166,26 +182,34 @@ def _time_table(rows: Sequence[Row]) -> str:
         cells = [_time_cell(best[family]) for _, family in columns]
         cells += [_ratio_cell(best[over], best[under]) for _, over, under in ratios]
         lines.append([case, *cells])
-    return _markdown(["case", *titles], lines)
+    return markdown_table(["case", *titles], lines)
 
 
 def _memory_table(rows: Sequence[Row]) -> str:
     winners = _winners(rows)
     columns = _used_columns(winners)
     lines = [[case, *(_memory_cell(best[family]) for _, family in columns)] for case, best in winners.items()]
-    return _markdown(["case", *(title for title, _ in columns)], lines)
+    return markdown_table(["case", *(title for title, _ in columns)], lines)
 
 
 def _used_columns(winners: Winners) -> list[tuple[str, str]]:
     return [column for column in _FAMILY_COLUMNS if any(best[column[1]] for best in winners.values())]
 
 
-def _markdown(titles: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rows = [titles, ["---"] + ["---:"] * (len(titles) - 1), *lines]
+def markdown_table(titles: Sequence[str], lines: Iterable[Sequence[str]], *, numbers: bool = True) -> str:
+    """Make a Markdown table.
+
+    Args:
+        titles: of the columns.
+        lines: cells.
+        numbers: whether all columns but the first hold numbers, which stand to the right.
+    """
+    rows = [titles, ["---"] + ["---:" if numbers else "---"] * (len(titles) - 1), *lines]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def _fastest(rows: Sequence[Row], case: str, family: str) -> Row | None:
+def fastest(rows: Sequence[Row], case: str, family: str) -> Row | None:
+    """The row of a family with the shortest time on a case, None if none has a number."""
     timed = [row for row in rows if row.case == case and row.family == family and row.status == "ok"]
     return min(timed, key=lambda row: float(row.median_ms), default=None)
 
@@ -225,7 +249,8 @@ def _without_number(rows: Sequence[Row]) -> str:
     return "<details><summary>Without a number</summary>\n\n" + "\n".join(items) + "\n\n</details>"
 
 
-def _heading(json_path: Path) -> str:
+def heading(json_path: Path) -> str:
+    """Say where a run was measured, from the JSON beside its CSV; nothing if there is none."""
     if not json_path.exists():
         return ""
     environment = json.loads(json_path.read_text())
@@ -237,15 +262,25 @@ def _heading(json_path: Path) -> str:
     return "Measured on " + ", ".join(part for part in parts if part) + "."
 
 
-def write_tables(results_dir: Path | str, files: Iterable[Path | str]) -> list[Path]:
-    """Put the tables of every run below a folder between the markers of documents.
+def markers(name: str) -> tuple[str, str, str]:
+    """What stands before generated tables in a document, before a summary of them, and after either."""
+    return f"<!-- {name}:begin -->", f"<!-- {name}:begin summary -->", f"<!-- {name}:end -->"
+
+
+def write_tables(
+    results_dir: Path | str, files: Iterable[Path | str], name: str = "bench", make: Callable[..., str] = render
+) -> list[Path]:
+    """Put the tables of every run of one name below a folder between the markers of documents.
 
     What stands between `<!-- bench:begin -->` and `<!-- bench:end -->` is replaced; the rest is left alone. With
-    `<!-- bench:begin summary -->` the document gets the times alone.
+    `<!-- bench:begin summary -->` the document gets a summary. Another name has markers of that name.
 
     Args:
-        results_dir: searched for `bench.csv`, also in folders of its own, as in `benchmarks/results/h200/`.
+        results_dir: searched for `NAME.csv`, also in folders of its own, as in `benchmarks/results/h200/`; other
+            results may lie beside them.
         files: Markdown files with one pair of markers each.
+        name: of the runs.
+        make: makes the tables of one run, from the path of its CSV and `summary`, as `render` does.
 
     Returns:
         The files whose text has changed.
@@ -254,25 +289,27 @@ def write_tables(results_dir: Path | str, files: Iterable[Path | str]) -> list[P
         ValueError: there is no CSV, or a file does not have exactly one pair of markers.
     """
     results_dir = Path(results_dir)
-    found = sorted(results_dir.rglob(RUN))
+    found = sorted(results_dir.rglob(f"{name}.csv"))
     if not found:
-        raise ValueError(f"no {RUN} below {results_dir}")
+        raise ValueError(f"no {name}.csv below {results_dir}")
+    _, begin_summary, end = markers(name)
     changed = []
     for file in map(Path, files):
         old = file.read_text()
-        begin = _begin_marker(file, old)
-        text = "\n".join(render(path, summary=begin == BEGIN_SUMMARY) for path in found)
+        begin = _begin_marker(file, old, name)
+        text = "\n".join(make(path, summary=begin == begin_summary) for path in found)
         before, rest = old.split(begin)
-        new = f"{before}{begin}\n{text}{END}{rest.split(END)[1]}"
+        new = f"{before}{begin}\n{text}{end}{rest.split(end)[1]}"
         if new != old:
             replace_file(file, new)
             changed.append(file)
     return changed
 
 
-def _begin_marker(file: Path, text: str) -> str:
+def _begin_marker(file: Path, text: str, name: str) -> str:
     """The marker before the tables, of which there is one, as of the marker after them."""
-    begins = [marker for marker in (BEGIN, BEGIN_SUMMARY) for _ in range(text.count(marker))]
-    if len(begins) != 1 or text.count(END) != 1 or text.index(begins[0]) > text.index(END):
-        raise ValueError(f"{file} must have one {BEGIN} (or {BEGIN_SUMMARY}) and, after it, one {END}")
+    begin, begin_summary, end = markers(name)
+    begins = [marker for marker in (begin, begin_summary) for _ in range(text.count(marker))]
+    if len(begins) != 1 or text.count(end) != 1 or text.index(begins[0]) > text.index(end):
+        raise ValueError(f"{file} must have one {begin} (or {begin_summary}) and, after it, one {end}")
     return begins[0]

@@ -16,6 +16,9 @@ __all__ = ["bench"]
 
 
 def bench(
+    suite: Annotated[
+        str, typer.Argument(help="bench: the frozen cases. paper: the shapes of the paper's Tables 3 to 7.")
+    ] = "bench",
     cases: Annotated[list[str] | None, typer.Option("--case", help="A case; repeat for more. Default: all.")] = None,
     passes: Annotated[list[str] | None, typer.Option("--pass", help="fwd or fwdbwd. Default: both.")] = None,
     providers: Annotated[
@@ -24,9 +27,10 @@ def bench(
     ] = None,
     dtypes: Annotated[list[str] | None, typer.Option("--dtype", help="Default: bfloat16.")] = None,
     out: Annotated[
-        Path, typer.Option(help="Folder for the CSV and its environment; with --calibrate a file may be named.")
-    ] = Path("results/bench"),
-    name: Annotated[str, typer.Option(help="Name of the files.")] = "bench",
+        Path | None,
+        typer.Option(help="Folder for the files, default results/SUITE; with --calibrate a file may be named."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the files. Default: the suite's.")] = None,
     device: Annotated[str | None, typer.Option(help="Default: cuda where there is one, else cpu.")] = None,
     small: Annotated[bool, typer.Option("--small", help="Small versions of the cases, for a CPU.")] = False,
     isolate: Annotated[bool, typer.Option("--isolate", help="Measure in a child: a crash costs one row.")] = False,
@@ -50,6 +54,9 @@ def bench(
     memory and "unsupported" are results. An interrupted run leaves its rows in a file that ends in `.part`;
     `--resume` goes on from there.
 
+    `flashbias bench paper` runs the shapes of the paper's Tables 3 to 7 and writes, beside the CSV, a page with
+    the paper's figures next to ours and what differs.
+
     **Examples**
 
         flashbias bench --list
@@ -60,26 +67,32 @@ def bench(
 
         flashbias bench --table results/bench/bench.csv
 
+        flashbias bench paper --out results/paper --isolate
+
         flashbias bench --calibrate --out coefficients.json
 
         flashbias bench --calibrate --from results/h200/bench.csv --out h200.json
     """
-    from flashbias.bench import CASES, Row, provider_names, render, run
-    from flashbias.bench.providers import FAMILIES
+    from flashbias.bench import Row, provider_names
     from flashbias.bench.rows import PASSES
+    from flashbias.bench.suites import find_suite
 
     console = Console(soft_wrap=True, highlight=False, markup=False)
+    chosen = find_suite(suite)
     if show:
-        shapes = [f"  {case.name:14} {case.shape}" for case in CASES.values()]
+        shapes = [f"  {case.name:15} {case.shape}" for case in chosen.cases.values()]
         console.print("\n".join(["cases", *shapes, "providers", *(f"  {p}" for p in provider_names())]))
         return
     if table is not None:
-        console.print(render(table))
+        console.print(chosen.render(table))
         return
     if device is not None:
         _check_device(device)
     if rows and not calibration:
         raise ValueError("--from goes with --calibrate")
+    if calibration and suite != "bench":
+        raise ValueError(f"--calibrate has cases of its own and does not go with {suite!r}")
+    out = out or Path("results") / suite
     if not calibration and out.is_file():
         raise ValueError(f"--out must be a folder, got the file {str(out)!r}")
     with progress_bar() as progress:
@@ -107,10 +120,10 @@ def bench(
             )
             console.print(f"{found}\nwrote {found.path}, for flashbias.plan(workload, device={str(found.path)!r})")
             return
-        path = run(
+        paths = chosen.run(
             cases,
             passes or PASSES,
-            providers or FAMILIES,
+            providers or chosen.providers,
             dtypes or ["bfloat16"],
             out,
             name=name,
@@ -121,7 +134,7 @@ def bench(
             time_limit_s=time_limit,
             progress=report,
         )
-    console.print(f"{render(path)}\nwrote {path}")
+    console.print(f"{chosen.render(paths[0])}\nwrote {' '.join(map(str, paths))}")
 
 
 def _check_device(device: str) -> None:
