@@ -21,7 +21,7 @@ def tensors() -> tuple[torch.Tensor, ...]:
 
 def test_implementations_are_listed_fastest_first() -> None:
     found = fb.implementations()
-    assert list(found) == ["triton", "sdpa", "reference"]
+    assert list(found) == ["hopper", "triton", "sdpa", "reference"]
     assert found["sdpa"] is None
     assert found["reference"] is None
     assert (found["triton"] is None) == KERNELS_RUN_HERE
@@ -59,9 +59,9 @@ def test_float64_is_not_for_kernels() -> None:
 def test_explanation_reads_as_one_line_for_each() -> None:
     q, k, v = tensors()
     lines = str(fb.explain(q, k, v, impl="reference")).splitlines()
-    assert len(lines) == 3
+    assert len(lines) == 4
     assert [line for line in lines if line.startswith("->")] == ["-> reference: chosen"]
-    assert "sdpa: possible" in lines[1]
+    assert "sdpa: possible" in lines[2]
 
 
 def test_explain_takes_what_attention_takes() -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from flashbias.attention import dense, redirect, reference, sdpa, triton
+from flashbias.attention import dense, hopper, redirect, reference, sdpa, triton
 from flashbias.attention.call import HALF, Call, VarlenLayout, empty_output
 from flashbias.attention.groups import attend_by_groups
 from flashbias.attention.plan import Plan, plan_call
@@ -20,7 +20,10 @@ __all__ = ["Explanation", "attention", "explain", "implementations", "varlen_att
 
 logger = logging.getLogger("flashbias")
 
-_MODULES = {"triton": triton, "sdpa": sdpa, "reference": reference}
+_KERNELS = {"hopper": hopper, "triton": triton}
+"""Implementations that not every machine can run."""
+
+_MODULES = {**_KERNELS, "sdpa": sdpa, "reference": reference}
 """The implementations, fastest first."""
 
 
@@ -65,9 +68,9 @@ def attention(
         scale: factor of the dot products; default `1 / sqrt(head_dim)`.
         enable_gqa: allow fewer key and value heads than query heads (H divisible by H_kv).
         dropout_p: probability of dropping an attention weight.
-        impl: "auto", "triton", "sdpa" or "reference". A named one is used or raises; it never falls back.
-        deterministic: require bitwise repeatable results. Every implementation here is repeatable on its own;
-            the argument is kept so that a faster, unordered backward pass can be asked for by False. Default:
+        impl: "auto", "hopper", "triton", "sdpa" or "reference". A named one is used or raises; it never falls back.
+        deterministic: require bitwise repeatable gradients; outputs always are. Only the backward pass of "hopper"
+            adds in an order that varies, and with True leaves the work to that of "triton". Default:
             `torch.are_deterministic_algorithms_enabled()`.
         return_lse: also return the natural log-sum-exp of the full scores, bias included.
 
@@ -333,7 +336,7 @@ def implementations() -> dict[str, str | None]:
 
 
 def _unavailable(name: str) -> str | None:
-    return triton.unavailable() if name == "triton" else None
+    return _KERNELS[name].unavailable() if name in _KERNELS else None
 
 
 def _choose(call: Call, impl: str) -> Explanation:
@@ -341,6 +344,8 @@ def _choose(call: Call, impl: str) -> Explanation:
         raise ValueError(f"impl must be 'auto' or one of {sorted(_MODULES)}, got {impl!r}")
     reasons = {name: _unavailable(name) or _MODULES[name].unsupported(call) for name in _MODULES}
     possible = [name for name, reason in reasons.items() if reason is None]
+    if "hopper" in possible and hopper.is_slower(call):
+        possible = [*(name for name in possible if name != "hopper"), "hopper"]
     if call.query.device.type == "cpu" and "sdpa" in possible:
         # Kernels run on CPU tensors only through Triton's interpreter, for tests.
         possible = ["sdpa", *(name for name in possible if name != "sdpa")]

@@ -38,6 +38,7 @@ __all__ = [
     "is_tile_centred",
     "pack",
     "products",
+    "ready_products",
     "reference_starts",
     "row_constant",
     "row_sums",
@@ -72,6 +73,31 @@ def products(rank: int, dtype: torch.dtype) -> tuple[tuple[int, int], ...]:
     if dtype not in HALF:
         return ((0, 0),)
     return _SIX if rank <= SIX_UP_TO_RANK else _THREE
+
+
+def ready_products(
+    rank: int, dtype_q: torch.dtype, dtype_k: torch.dtype, scale: float, dtype: torch.dtype
+) -> tuple[tuple[int, int], ...]:
+    """Which products of bfloat16 parts make `bias / scale`, for kernels that cannot multiply a product by 1 / scale.
+
+    float32 factors take those of `products`. Of bfloat16 ones only phi_q / scale needs a second part, and none where
+    the scale is a power of two; two parts hold a float16 number exactly.
+
+    Args:
+        rank: R, at least 1.
+        dtype_q: dtype of phi_q.
+        dtype_k: dtype of phi_k.
+        scale: the factor of `q @ k.T`.
+        dtype: dtype of the queries.
+
+    Returns:
+        As `products`.
+    """
+    if dtype_q == dtype_k == torch.bfloat16:
+        return ((0, 0),) if is_power_of_two(scale) else ((0, 0), (1, 0))
+    if dtype_q == dtype_k == torch.float16:
+        return _THREE
+    return products(rank, dtype)
 
 
 def is_packed(phi_q: Tensor, phi_k: Tensor, dtype: torch.dtype) -> bool:

@@ -49,13 +49,14 @@ def _bwd_delta_kernel(
     seqlen_q,
     head_dim_v,
     num_blocks,
+    stride_rows,
     HAS_DLSE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
     """`rowsum(dout * out) - dlse`, from which a score's gradient is measured, and lse in units of log 2.
 
-    Rows that attend to nothing get +inf, so that their weights come out as exp2(-inf) = 0.
+    Rows that attend to nothing, and those past the end, get +inf, so that their weights come out as exp2(-inf) = 0.
     """
     bh = tl.program_id(0) // num_blocks
     start_m = (tl.program_id(0) % num_blocks) * BLOCK_M
@@ -70,9 +71,11 @@ def _bwd_delta_kernel(
     inside = (start_m + offs_m) < seqlen_q
     if HAS_DLSE:
         delta -= tl.load(dlse_ptr + rows, mask=inside, other=0.0)
-    tl.store(delta_ptr + rows, delta, mask=inside)
-    lse = tl.load(lse_ptr + rows, mask=inside, other=0.0)
-    tl.store(lse2_ptr + rows, tl.where(lse == float("-inf"), float("inf"), lse * LOG2E), mask=inside)
+    lse = tl.load(lse_ptr + rows, mask=inside, other=float("-inf"))
+    rows = tl.cast(bh, tl.int64) * stride_rows + start_m + offs_m
+    stored = (start_m + offs_m) < stride_rows
+    tl.store(delta_ptr + rows, delta, mask=stored)
+    tl.store(lse2_ptr + rows, tl.where(lse == float("-inf"), float("inf"), lse * LOG2E), mask=stored)
 
 
 # -------------------------------------------------------------------- launches
@@ -119,9 +122,43 @@ def launch(
     """
     ops = Operands.of(*arguments)
     dout = flattened(dout)
-    delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
-    blocks = triton.cdiv(ops.seqlen_q, 64)
-    out = ops.flat(out)
+    lse2, delta = rows_of(ops, dout, dlse, ops.flat(out), lse)
+    need_q, need_k, need_v, need_phi_q, need_phi_k, need_table = needs_grad
+    rows = {"dout_ptr": dout, "lse_ptr": lse2, "delta_ptr": delta}
+    rows |= {f"stride_do{axis}": dout.stride(n) for n, axis in enumerate("bhn")}
+    if window.fits(ops, needs_grad):
+        window.launch(ops, grads, rows, needs_grad)
+    else:
+        _launch_dkdv(ops, grads, rows, need_k or need_v, need_phi_k)
+        _launch_dq(ops, grads, rows, need_q, need_phi_q)
+    if need_table:
+        table.launch(ops, grads[5], dout, dlse, rows)
+
+
+def rows_of(
+    ops: Operands,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    multiple: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the gradient of a score needs of its row.
+
+    Args:
+        ops: the call.
+        dout: gradient of the output, `[B, H, N, head_dim_v]`.
+        dlse: gradient of the log-sum-exp, or None.
+        out: the output, as dout.
+        lse: log-sum-exp of the forward pass.
+        multiple: rows of a (batch, head) are filled up to a multiple of this with rows that see nothing.
+
+    Returns:
+        The log-sum-exp in units of log 2, and delta, each `[B, H, rows]` in float32.
+    """
+    length = triton.cdiv(ops.seqlen_q, multiple) * multiple
+    lse2, delta = (lse.new_empty(*lse.shape[:-1], length) for _ in range(2))
+    blocks = triton.cdiv(length, 64)
     _bwd_delta_kernel[(blocks * ops.batch * ops.num_heads,)](
         out,
         dout,
@@ -135,20 +172,12 @@ def launch(
         ops.seqlen_q,
         ops.head_dim_v,
         blocks,
+        length,
         HAS_DLSE=dlse is not None,
         BLOCK_M=64,
         BLOCK_DV=ops.block_dv,
     )
-    need_q, need_k, need_v, need_phi_q, need_phi_k, need_table = needs_grad
-    rows = {"dout_ptr": dout, "lse_ptr": lse2, "delta_ptr": delta}
-    rows |= {f"stride_do{axis}": dout.stride(n) for n, axis in enumerate("bhn")}
-    if window.fits(ops, needs_grad):
-        window.launch(ops, grads, rows, needs_grad)
-    else:
-        _launch_dkdv(ops, grads, rows, need_k or need_v, need_phi_k)
-        _launch_dq(ops, grads, rows, need_q, need_phi_q)
-    if need_table:
-        table.launch(ops, grads[5], dout, dlse, rows)
+    return lse2, delta
 
 
 def _launch_dkdv(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 import triton
@@ -55,6 +55,9 @@ class Operands:
     bottom_right: bool
     dropout_p: float
 
+    factors_type: ClassVar[type[Factors]] = Factors
+    """How factors are brought into the form that the kernels read."""
+
     @classmethod
     def of(
         cls,
@@ -78,13 +81,13 @@ class Operands:
         window_right: int,
         bottom_right: bool,
         dropout_p: float,
-    ) -> Operands:
+    ) -> Self:
         """Flatten and pack; arguments as in the operators' schema."""
         full = tuple(query.shape[:-2])
         everyone = Sharing.nothing(math.prod(full))
         factors, per_head_ranks, sharing_q, sharing_k = None, None, everyone, everyone
         if phi_q is not None and phi_k is not None:
-            factors = Factors.of(phi_q, phi_k, scale, query.dtype, centred=cu_seqlens_q is None)
+            factors = cls.factors_type.of(phi_q, phi_k, scale, query.dtype, centred=cu_seqlens_q is None)
             sharing_q, sharing_k = _shared(full, phi_q), _shared(full, phi_k)
             if ranks:
                 per_head = list(ranks) * (query.shape[-3] // len(ranks))

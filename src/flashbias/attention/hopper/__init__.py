@@ -1,0 +1,119 @@
+"""Kernels for Hopper GPUs (H100, H200) in Gluon; importing this package does not load Triton."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from flashbias.attention import packing, registration
+from flashbias.attention.call import HALF, Call
+from flashbias.attention.hopper.configs import columns_of
+
+__all__ = ["is_slower", "run", "unavailable", "unsupported"]
+
+WIDEST_HEAD = 128
+WIDEST_FACTORS = 256
+"""Packed columns that fit into shared memory beside keys and values."""
+
+LONGEST = packing.TILE_CENTRE_FROM
+"""Keys up to which float32 factors have one centre."""
+
+NARROW_HEAD, FEW_COLUMNS = 32, 64
+"""Heads so narrow that more packed columns than this cost more than the portable kernels' slower loop."""
+
+SHORT = 128
+"""Queries that do not fill one tile."""
+
+FEWEST_QUERIES = 17
+"""Fewer queries than this leave most of a tile empty."""
+
+NARROWEST_STEP = 8
+"""Elements in the 16 bytes to which the copy engine wants rows aligned."""
+
+
+def unavailable() -> str | None:
+    """What keeps the kernels from running on this machine at all, None if nothing."""
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return "no CUDA device"
+    major, minor = torch.cuda.get_device_capability()
+    if major != 9:
+        return f"the GPU has compute capability {major}.{minor}; these kernels are for 9.0"
+    if find_spec("triton.experimental.gluon") is None:
+        return "this release of triton has no Gluon"
+    from flashbias.attention.triton import assembler
+
+    if assembler.is_faulty() and assembler.replacement() is None:
+        return "Triton's ptxas makes faulty code for this GPU; set TRITON_PTXAS_PATH to one of CUDA 12.9 or newer"
+    return None
+
+
+# torch.compile takes what this returns as a constant; see `flashbias.attention.triton`.
+setattr(unavailable, "_dynamo_marked_constant", True)  # noqa: B010
+
+
+def unsupported(call: Call) -> str | None:
+    """Say what of the call these kernels cannot do, None if nothing."""
+    query, value, bias = call.query, call.value, call.bias
+    if query.dtype not in HALF:
+        return f"dtype {query.dtype}; the matrix unit takes torch.float16 and torch.bfloat16 here"
+    if query.device.type != "cuda":
+        return f"tensors are on {query.device}; kernels need a CUDA device"
+    for name, size in (("head_dim", query.shape[-1]), ("head_dim_v", value.shape[-1])):
+        if size > WIDEST_HEAD or size % NARROWEST_STEP:
+            return f"{name} {size} is no multiple of {NARROWEST_STEP} up to {WIDEST_HEAD}"
+    if call.varlen is not None:
+        return "packed batches (cu_seqlens)"
+    if call.attn_mask is not None:
+        return "an attn_mask of the caller's own"
+    if call.dropout_p > 0:
+        return f"dropout_p {call.dropout_p}"
+    if call.seqlen_q < FEWEST_QUERIES:
+        return f"{call.seqlen_q} queries, fewer than {FEWEST_QUERIES}"
+    return None if bias is None else _unsupported_bias(call)
+
+
+def _unsupported_bias(call: Call) -> str | None:
+    bias, query = call.bias, call.query
+    assert bias is not None
+    if bias.table is not None:
+        return "a bias with a table"
+    if bias.ranks is not None:
+        return "ranks that differ between heads"
+    if packing.is_packed(bias.phi_q, bias.phi_k, query.dtype) and call.seqlen_k > LONGEST:
+        return f"{call.seqlen_k} keys beside float32 factors, more than {LONGEST}"
+    columns = _columns(call)
+    if columns > WIDEST_FACTORS:
+        return f"rank {bias.rank}, which packs into {columns} columns, more than {WIDEST_FACTORS}"
+    return None
+
+
+def _columns(call: Call) -> int:
+    """Packed columns of the factors, 0 without."""
+    bias = call.bias
+    if bias is None or bias.rank == 0:
+        return 0
+    products = packing.ready_products(bias.rank, bias.phi_q.dtype, bias.phi_k.dtype, call.scale, call.query.dtype)
+    return columns_of(bias.rank * len(products))
+
+
+def run(call: Call) -> tuple[Tensor, Tensor | None]:
+    """Compute attention with the kernels.
+
+    Args:
+        call: the checked request.
+
+    Returns:
+        Output `[*batch, H, N, head_dim_v]` and, if asked for, the log-sum-exp, float32 `[*batch, H, N]`.
+    """
+    return registration.run(call, "hopper.repeatable" if call.deterministic else "hopper")
+
+
+def is_slower(call: Call) -> bool:
+    """Whether the portable kernels are expected to be faster, by what was measured on an H200 (docs/kernels.md)."""
+    width = max(call.query.shape[-1], call.value.shape[-1])
+    is_crowded = width <= NARROW_HEAD and _columns(call) > FEW_COLUMNS
+    return is_crowded or call.seqlen_q <= SHORT

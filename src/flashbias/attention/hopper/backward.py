@@ -1,0 +1,183 @@
+"""Backward pass for Hopper: prepares rows and buffers, launches the fused kernel, brings sums to the gradients' dtypes.
+
+The fused kernel adds parts of dq, dphi_q and dphi_k in an order that varies: fast, and not repeatable to the bit.
+What it does not do goes to the portable kernels: short windows, which one tile holds, factors that grouped heads do
+not share, and gradients of factors beside float16 queries, whose precision bfloat16 operands lack.
+"""
+
+# pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from flashbias.attention.hopper.configs import NARROWEST, ROWS, BackwardConfig, backward_config, columns_of
+from flashbias.attention.hopper.fused import _bwd_kernel
+from flashbias.attention.hopper.operands import (
+    HopperOperands,
+    addressable,
+    descriptor,
+    is_addressable,
+    layout_of,
+    matrix,
+)
+from flashbias.attention.hopper.schedule import Band, Schedule, banded
+from flashbias.attention.triton import backward as portable
+from flashbias.attention.triton import window
+from flashbias.attention.triton.assembler import soundly_assembled
+from flashbias.attention.triton.operands import flattened, multiprocessors
+
+__all__ = ["launch"]
+
+
+@soundly_assembled
+def launch(
+    grads: list[Tensor],
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    needs_grad: tuple[bool, ...],
+    *arguments: Any,
+) -> None:
+    """Fill the gradients that are needed; arguments as in the portable `launch`."""
+    ops = HopperOperands.of(*arguments)
+    config = chosen(ops, needs_grad)
+    if config is None:
+        portable.launch(grads, dout, dlse, out, lse, needs_grad, *arguments)
+    else:
+        launch_as(config, ops, grads, dout, dlse, out, lse, needs_grad)
+
+
+def chosen(ops: HopperOperands, needs_grad: tuple[bool, ...]) -> BackwardConfig | None:
+    """The fused kernel's tile shape, or None where the portable kernels do the call."""
+    needs_phi = needs_grad[3] or needs_grad[4]
+    apart = ops.factors is not None and not _is_one_for_each_group(ops)
+    if window.fits(ops, needs_grad) or apart or (needs_phi and ops.q.dtype == torch.float16):
+        return None
+    block_g = columns_of(ops.factors.rank) if ops.factors is not None and needs_phi else 0
+    if is_slower(ops, block_g):
+        return None
+    return backward_config(ops.block_d, ops.block_dv, ops.columns, block_g)
+
+
+def _is_one_for_each_group(ops: HopperOperands) -> bool:
+    """Whether all heads that share their keys share phi_k too."""
+    s1, v2, s2 = ops.sharing_k.sizes
+    return s2 % ops.group == 0 or (v2 * s2 == 1 and s1 % ops.group == 0)
+
+
+def is_slower(ops: HopperOperands, block_g: int) -> bool:
+    """Whether the portable kernels were faster on an H200 (docs/kernels.md)."""
+    width = max(ops.block_d, ops.block_dv)
+    if width <= 16:
+        return block_g > NARROWEST
+    if width <= 32:
+        return block_g > NARROWEST or (block_g > 0 and ops.sharing_q.members == 1)
+    return width == 64 or block_g > 0
+
+
+def launch_as(
+    config: BackwardConfig,
+    ops: HopperOperands,
+    grads: list[Tensor],
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    needs_grad: tuple[bool, ...],
+) -> None:
+    """Launch the fused kernel with a given tile shape."""
+    need_phi_q, need_phi_k = needs_grad[3:5]
+    factors, block_m = ops.factors, config.block_m
+    dout = addressable(flattened(dout))
+    lse2, delta = portable.rows_of(ops, dout, dlse, ops.flat(out), lse, block_m)
+    dq = torch.zeros_like(ops.q, dtype=torch.float32, memory_format=torch.contiguous_format)
+    dk, dv = (_target(ops, grad, x) for grad, x in ((grads[1], ops.k), (grads[2], ops.v)))
+    rank = 0 if factors is None else factors.rank
+    block_g = columns_of(max(rank, 1))
+    dpq = _sums(factors.phi_q, block_g) if factors is not None and need_phi_q else None
+    dpk = _sums(factors.phi_k, block_g) if factors is not None and need_phi_k else None
+
+    q, do = descriptor(ops.q, block_m, ops.block_d), descriptor(dout, block_m, ops.block_dv)
+    k, v = descriptor(ops.k, ROWS, ops.block_d), descriptor(ops.v, ROWS, ops.block_dv)
+    pq = q if factors is None else descriptor(factors.phi_q, block_m, ops.columns)
+    pk = k if factors is None else descriptor(factors.phi_k, ROWS, ops.columns)
+    dq_box = descriptor(dq.flatten(0, 1), block_m, config.dq_columns(ops.block_d))
+    dpq_box = dq_box if dpq is None else descriptor(dpq, block_m, block_g)
+    dpk_box = dq_box if dpk is None else descriptor(dpk, ROWS, block_g)
+    schedule, blocks, pairs = schedule_of(config, ops)
+    _bwd_kernel[(schedule.programs,)](
+        q, k, v, do, pq, pk, lse2, delta, dq_box, descriptor(dk, ROWS, ops.block_d),
+        descriptor(dv, ROWS, ops.block_dv), dpq_box, dpk_box,
+        schedule.units, pairs, schedule.heads, blocks, ops.num_heads, ops.group, lse2.shape[-1], ops.seqlen_q,
+        ops.seqlen_k, ops.shift, ops.window_left, ops.window_right, ops.scale, *ops.sharing_q.sizes,
+        *ops.sharing_k.sizes,
+        HAS_LEFT=ops.window_left >= 0,
+        HAS_RIGHT=ops.window_right >= 0,
+        HAS_TAIL=ops.seqlen_k % (ROWS * config.consumers) != 0,
+        HAS_PHI=factors is not None,
+        SUM_DPQ=dpq is not None,
+        SUM_DPK=dpk is not None,
+        STAGES=config.stages,
+        BLOCK_M=block_m,
+        BLOCK_D=ops.block_d,
+        BLOCK_DV=ops.block_dv,
+        BLOCK_R=ops.columns,
+        BLOCK_G=block_g,
+        FROM_REGISTERS=config.from_registers,
+        SHARED=config.is_shared,
+        CONSUMERS=config.consumers,
+        ALTERNATES=schedule.alternates,
+        REGISTERS=config.registers,
+        q_layout=matrix(q), k_layout=matrix(k), v_layout=matrix(v), do_layout=matrix(do), pq_layout=matrix(pq),
+        pk_layout=matrix(pk), ds_layout=layout_of((ROWS, block_m), ops.q.dtype), dq_layout=matrix(dq_box),
+        dpq_layout=matrix(dpq_box), dpk_layout=matrix(dpk_box),
+        num_warps=4,
+        maxnreg=config.maxnreg,
+    )  # fmt: skip
+    if needs_grad[0]:
+        torch.mul(dq, ops.scale, out=ops.flat(grads[0]))
+    for grad, made in ((grads[1], dk), (grads[2], dv)):
+        if grad.numel() and ops.flat(grad).data_ptr() != made.data_ptr():
+            ops.flat(grad).copy_(made)
+    for grad, sums in ((grads[3], dpq), (grads[4], dpk)):
+        if sums is not None:
+            grad.view(-1, sums.shape[1], rank).copy_(sums[..., :rank])
+
+
+def schedule_of(config: BackwardConfig, ops: HopperOperands) -> tuple[Schedule, int, int]:
+    """Deal the tiles of keys to the multiprocessors.
+
+    Returns:
+        The schedule, tiles of keys of one (batch, head of keys) pair, and how many pairs there are.
+    """
+    block_n = ROWS * config.consumers
+    blocks, pairs = triton.cdiv(ops.seqlen_k, block_n), ops.batch * (ops.num_heads // ops.group)
+    programs = multiprocessors(ops.q.device)
+    if ops.window_left < 0 and ops.window_right < 0:
+        units = blocks * pairs
+        return Schedule(min(units, programs), units, units), blocks, pairs
+    # Keys see queries as queries see keys, with sides exchanged.
+    band = Band(-ops.shift, ops.window_right, ops.window_left)
+    pair_bytes = ops.group * ops.seqlen_q * (ops.head_dim + ops.head_dim_v) * ops.q.element_size()
+    schedule = banded(
+        blocks, pairs, block_n, config.block_m, ops.seqlen_q, band, pair_bytes, 1, programs, last_first=False
+    )
+    return schedule, blocks, pairs
+
+
+def _target(ops: HopperOperands, grad: Tensor, x: Tensor) -> Tensor:
+    """Where the kernel stores a gradient: itself, or a buffer where it is not needed or not addressable."""
+    flat = ops.flat(grad) if grad.numel() else None
+    return (
+        flat
+        if flat is not None and is_addressable(flat)
+        else torch.empty_like(x, memory_format=torch.contiguous_format)
+    )
+
+
+def _sums(phi: Tensor, block_g: int) -> Tensor:
+    """Zeros to which the gradient of a factor is added, in as many columns as the kernel writes."""
+    return phi.new_zeros(*phi.shape[:2], block_g, dtype=torch.float32)

@@ -1,0 +1,187 @@
+"""Tile shapes for each pass on Hopper, chosen by widths alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+__all__ = [
+    "ROWS",
+    "BackwardConfig",
+    "Config",
+    "backward_config",
+    "columns_of",
+    "forward_config",
+    "holds_output",
+    "tail_of",
+]
+
+NARROWEST = 16
+"""Columns of one instruction of the matrix unit."""
+
+ROWS = 64
+"""Queries of a warpgroup: the height of one instruction of the matrix unit."""
+
+SHARED_MEMORY = 227 * 1024
+"""Bytes that a program may have."""
+
+REGISTERS = {(2, 1): 240, (3, 1): 160, (2, 2): 104}
+"""Registers of a thread that computes, by warpgroups that do and programs side by side; the loading warp has 24."""
+
+MAXNREG = {(2, 1): 168, (3, 1): 128, (2, 2): 80}
+"""Registers of a thread at the start, where 65,536 are shared by all warps."""
+
+CROWDED = 64
+"""Packed columns beside narrow heads at which two small programs side by side were faster than a large one."""
+
+BARRIERS = 1024
+"""Bytes set aside for barriers and alignment."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Warpgroups that compute, keys of a tile, tiles of keys and of queries in flight, programs on a multiprocessor."""
+
+    consumers: int
+    block_n: int
+    stages: int
+    q_stages: int = 2
+    programs: int = 1
+
+    @property
+    def block_m(self) -> int:
+        """Queries of a program."""
+        return ROWS * self.consumers
+
+    @property
+    def registers(self) -> int:
+        """Registers of a thread that computes; the loading warp leaves them the rest."""
+        return REGISTERS[self.consumers, self.programs]
+
+    @property
+    def maxnreg(self) -> int:
+        """Registers of a thread at the start."""
+        return MAXNREG[self.consumers, self.programs]
+
+
+def forward_config(block_d: int, block_dv: int, block_r: int) -> Config:
+    """Pick the tile shape of the forward pass.
+
+    Args:
+        block_d: width of queries and keys as held.
+        block_dv: width of values as held.
+        block_r: packed columns of the factors, 0 without.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ValueError: nothing fits into shared memory.
+    """
+    width = max(block_d, block_dv)
+    if width > 64:
+        config = Config(2, 128, 2)
+    elif width > 32:
+        config = Config(3, 128, 2)
+    elif block_r != CROWDED:
+        config = Config(3, 128, 3)
+    else:
+        config = Config(2, 64, 3, programs=2)
+    while config.programs * forward_bytes(config, block_d, block_dv, block_r) > SHARED_MEMORY:
+        if config.q_stages > 1:
+            config = replace(config, q_stages=1)
+        elif config.stages > 2:
+            config = replace(config, stages=config.stages - 1)
+        elif config.block_n > 32:
+            config = replace(config, block_n=config.block_n // 2)
+        elif config.consumers > 2:
+            config = replace(config, consumers=2)
+        else:
+            raise ValueError(f"widths {block_d}, {block_dv} and {block_r} do not fit into shared memory")
+    roomy = replace(config, q_stages=2)
+    return roomy if forward_bytes(roomy, block_d, block_dv, block_r) <= SHARED_MEMORY else config
+
+
+def forward_bytes(config: Config, block_d: int, block_dv: int, block_r: int) -> int:
+    """Shared memory of a program."""
+    queries = config.block_m * config.q_stages * (block_d + block_r)
+    if not holds_output(config, block_d, block_dv):
+        queries += config.block_m * block_dv
+    keys = config.stages * config.block_n * (block_d + block_dv + block_r)
+    return 2 * (queries + keys) + BARRIERS
+
+
+def holds_output(config: Config, block_d: int, block_dv: int) -> bool:
+    """Whether the output leaves through the buffer of its queries, while the other one holds the next."""
+    return config.q_stages > 1 and block_dv <= block_d
+
+
+def tail_of(config: Config, seqlen_k: int) -> int:
+    """Keys of the last tile where half a tile covers what is left, else 0: as many as any other."""
+    half = config.block_n // 2
+    return half if half >= NARROWEST and 0 < seqlen_k % config.block_n <= half and seqlen_k > config.block_n else 0
+
+
+def columns_of(columns: int) -> int:
+    """Packed columns as held: a power of two that the matrix unit takes."""
+    return max(NARROWEST, 1 << (columns - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class BackwardConfig:
+    """Warpgroups that compute, each with 64 keys; queries of a step; steps in flight.
+
+    Where heads are wide the warpgroups exchange dS and each makes its columns of dq, so that half as much is added to
+    memory; there they read dS from shared memory for dk too, since registers are short. Narrow heads do without the
+    exchange: warpgroups that never wait for each other hide each other's latency.
+    """
+
+    consumers: int
+    block_m: int
+    stages: int
+    is_shared: bool
+
+    @property
+    def from_registers(self) -> bool:
+        """Whether dS is an operand of dk from registers."""
+        return not self.is_shared
+
+    @property
+    def registers(self) -> int:
+        """Registers of a thread that computes; the loading warp leaves them the rest."""
+        return REGISTERS[self.consumers, 1]
+
+    @property
+    def maxnreg(self) -> int:
+        """Registers of a thread at the start."""
+        return MAXNREG[self.consumers, 1]
+
+    def dq_columns(self, block_d: int) -> int:
+        """Columns of dq that one warpgroup makes."""
+        return block_d // self.consumers if self.is_shared else block_d
+
+
+def backward_config(block_d: int, block_dv: int, block_r: int, block_g: int) -> BackwardConfig | None:
+    """Pick the tile shape of the fused backward pass; None where nothing fits into shared memory.
+
+    Args:
+        block_d: width of queries and keys as held.
+        block_dv: width of values as held.
+        block_r: packed columns of the factors, 0 without.
+        block_g: columns of the factors' gradients, 0 where none is needed.
+    """
+    width = max(block_d, block_dv)
+    for stages in (2, 1):
+        config = BackwardConfig(3 if width <= 32 else 2, 64, stages, width > 64)
+        if backward_bytes(config, block_d, block_dv, block_r, block_g) <= SHARED_MEMORY:
+            return config
+    return None
+
+
+def backward_bytes(config: BackwardConfig, block_d: int, block_dv: int, block_r: int, block_g: int) -> int:
+    """Shared memory of a program."""
+    block_n, rows = ROWS * config.consumers, config.consumers * config.block_m
+    width = block_d + block_dv + block_r
+    scores = rows * ROWS * (2 if config.is_shared else 1)
+    halves = block_n * width + config.stages * config.block_m * width + scores
+    singles = rows * (config.dq_columns(block_d) + block_g) + block_n * block_g + 2 * config.stages * config.block_m
+    return 2 * halves + 4 * singles + BARRIERS

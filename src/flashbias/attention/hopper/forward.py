@@ -1,0 +1,463 @@
+"""Forward pass for Hopper: a warp that loads, and warpgroups that each own 64 queries."""
+
+# Gluon is untyped: jitted functions take and return what annotations cannot say.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportReturnType=false
+# pyright: reportAssignmentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+
+from typing import Any
+
+import torch
+import triton
+
+from flashbias.attention.hopper.configs import Config, forward_config, holds_output, tail_of
+from flashbias.attention.hopper.gluon import (
+    fence_async_shared,
+    gl,
+    jit,
+    load,
+    mbarrier,
+    store,
+    store_wait,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from flashbias.attention.hopper.join import join
+from flashbias.attention.hopper.operands import HopperOperands, descriptor, matrix
+from flashbias.attention.hopper.schedule import Band, Schedule, banded, unbanded
+from flashbias.attention.hopper.tiles import (
+    ROWS,
+    exp2,
+    key_tiles,
+    own_index,
+    part_of,
+    tile_of,
+    turns_of,
+    unit_of,
+)
+from flashbias.attention.triton.assembler import soundly_assembled
+from flashbias.attention.triton.operands import multiprocessors
+from flashbias.attention.triton.primitives import LN2, LOG2E
+
+
+@jit
+def _produce(
+    q_desc, k_desc, v_desc, pq_desc, pk_desc, q_smem, k_smem, v_smem, pq_smem, pk_smem,
+    q_full, q_empty, k_full, v_full, empty,
+    units, whole, parts, part_tiles, heads, pairs, num_blocks, num_heads, group, seqlen_k, shift, left, right,
+    pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, IS_SPLIT: gl.constexpr, ALTERNATES: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_PHI: gl.constexpr, CONSUMERS: gl.constexpr,
+    Q_STAGES: gl.constexpr, STAGES: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
+    BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr,
+):  # fmt: skip
+    """The loading warp: queries of every tile, and the keys and values that they see, last keys first."""
+    BLOCK_M: gl.constexpr = ROWS * CONSUMERS
+    q_bytes: gl.constexpr = 2 * ROWS * (BLOCK_D + (BLOCK_R if HAS_PHI else 0))
+    k_bytes: gl.constexpr = 2 * BLOCK_N * (BLOCK_D + (BLOCK_R if HAS_PHI else 0))
+    v_bytes: gl.constexpr = 2 * BLOCK_N * BLOCK_DV
+    step = 0
+    for turn in range(turns_of(units, ALTERNATES)):
+        unit = unit_of(turn, ALTERNATES)
+        b, h, bh, block, part = tile_of(
+            unit, whole, parts, num_blocks, num_heads, pairs, heads, IS_SPLIT, HAS_LEFT or HAS_RIGHT
+        )
+        start_m = block * BLOCK_M
+        f_q = own_index(bh, pq_s1, pq_v2, pq_s2)
+        f_k = own_index(bh, pk_s1, pk_v2, pk_s2)
+        lo, full_lo, full_hi, hi = key_tiles(
+            start_m, seqlen_k, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
+        )
+        if IS_SPLIT:
+            lo, full_lo, full_hi, hi = part_of(lo, full_lo, full_hi, hi, part, part_tiles)
+        for w in gl.static_range(CONSUMERS):
+            place = w * Q_STAGES + turn % Q_STAGES
+            mbarrier.wait(q_empty.index(place), ((turn // Q_STAGES) & 1) ^ 1)
+            mbarrier.expect(q_full.index(place), q_bytes)
+            load(q_desc, [b, h, start_m + w * ROWS, 0], q_full.index(place), q_smem.index(place))
+            if HAS_PHI:
+                load(pq_desc, [f_q, start_m + w * ROWS, 0], q_full.index(place), pq_smem.index(place))
+        for n in range(hi - lo):
+            start_n = (hi - 1 - n) * BLOCK_N
+            stage = step % STAGES
+            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            mbarrier.expect(k_full.index(stage), k_bytes)
+            load(k_desc, [b, h // group, start_n, 0], k_full.index(stage), k_smem.index(stage))
+            if HAS_PHI:
+                load(pk_desc, [f_k, start_n, 0], k_full.index(stage), pk_smem.index(stage))
+            # A step frees its keys and the values of the step before.
+            mbarrier.wait(empty.index((step + 1) % STAGES), (((step + 1) // STAGES) & 1) ^ 1)
+            mbarrier.expect(v_full.index(stage), v_bytes)
+            load(v_desc, [b, h // group, start_n, 0], v_full.index(stage), v_smem.index(stage))
+            step += 1
+
+
+@jit
+def _issue_scores(q, k_smem, pq, pk_smem, stage, HAS_PHI: gl.constexpr, KEYS: gl.constexpr, BLOCK_N: gl.constexpr,
+                  BLOCK_D: gl.constexpr, BLOCK_R: gl.constexpr, k_layout: gl.constexpr, pk_layout: gl.constexpr,
+                  s_layout: gl.constexpr):  # fmt: skip
+    """S / scale of the first KEYS keys of a tile, in flight: the factors are one more chunk of the sum."""
+    k = k_smem.index(stage)._reinterpret(k_smem.dtype, [BLOCK_N, BLOCK_D], k_layout)
+    if KEYS < BLOCK_N:
+        k = k.slice(0, KEYS, 0)
+    s = warpgroup_mma(q, k.permute((1, 0)), gl.zeros([ROWS, KEYS], gl.float32, s_layout), use_acc=False, is_async=True)
+    if HAS_PHI:
+        pk = pk_smem.index(stage)._reinterpret(pk_smem.dtype, [BLOCK_N, BLOCK_R], pk_layout)
+        if KEYS < BLOCK_N:
+            pk = pk.slice(0, KEYS, 0)
+        s = warpgroup_mma(pq, pk.permute((1, 0)), s, is_async=True)
+    return s
+
+
+@jit
+def _masked(s, start_m, start_n, seqlen_k, shift, left, right, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+            KEYS: gl.constexpr, s_layout: gl.constexpr):  # fmt: skip
+    """Scores of a tile at the edge of the band or of the keys."""
+    # Where the keys that row i sees begin and end, relative to the tile: a score costs one comparison for each.
+    i = start_m + shift - start_n + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
+    j = gl.arange(0, KEYS, gl.SliceLayout(0, s_layout))[None, :]
+    if HAS_RIGHT:  # noqa: SIM108
+        keep = j < gl.minimum(i + (right + 1), seqlen_k - start_n)[:, None]
+    else:
+        keep = j < seqlen_k - start_n
+    if HAS_LEFT:
+        keep = keep & (j >= (i - left)[:, None])
+    return gl.where(keep, s, float("-inf"))
+
+
+@jit
+def _softmax(s, m_i, l_i, qk_scale, IS_MASKED: gl.constexpr):
+    """Weights of a tile, and what the sums so far are to be multiplied by."""
+    m_new = gl.maximum(m_i, gl.max(s, 1) * qk_scale)
+    m_safe = m_new
+    if IS_MASKED:
+        # A row that has seen no key yet has m = -inf; measured from 0 its weights are exp2(-inf) = 0.
+        m_safe = gl.where(m_new == float("-inf"), 0.0, m_new)
+    alpha = exp2(m_i - m_safe)
+    p = exp2(s * qk_scale - m_safe[:, None])
+    l_i = l_i * alpha + gl.sum(p, 1)
+    return p, alpha, m_new, l_i
+
+
+@jit
+def _step(acc, p, m_i, l_i, step, start_n, q, pq, q_full, q_phase, k_smem, v_smem, pk_smem, k_full, v_full, empty,
+          is_edge, start_m, seqlen_k, shift, left, right, qk_scale, HAS_LEFT: gl.constexpr,
+          HAS_RIGHT: gl.constexpr, HAS_PHI: gl.constexpr, STAGES: gl.constexpr, BEFORE: gl.constexpr,
+          BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr,
+          k_layout: gl.constexpr, v_layout: gl.constexpr, pk_layout: gl.constexpr, s_layout: gl.constexpr,
+          o_layout: gl.constexpr):  # fmt: skip
+    """One tile of keys; P V of the tile before, of BEFORE keys, is in flight beside its scores."""
+    stage = step % STAGES
+    mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
+    s = _issue_scores(q, k_smem, pq, pk_smem, stage, HAS_PHI, BLOCK_N, BLOCK_N, BLOCK_D, BLOCK_R, k_layout, pk_layout,
+                      s_layout)  # fmt: skip
+    before = (step - 1) % STAGES
+    mbarrier.wait(v_full.index(before), ((step - 1) // STAGES) & 1)
+    v = v_smem.index(before)._reinterpret(v_smem.dtype, [BLOCK_N, BLOCK_DV], v_layout)
+    if BEFORE < BLOCK_N:
+        v = v.slice(0, BEFORE, 0)
+    acc = warpgroup_mma(p, v, acc, is_async=True)
+    s = warpgroup_mma_wait(1, deps=[s])
+    # One loop for tiles with masks and without: two of them would unpack and pack P where they meet.
+    if HAS_LEFT or HAS_RIGHT:  # noqa: SIM102
+        if is_edge:
+            s = _masked(s, start_m, start_n, seqlen_k, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N, s_layout)
+    weights, alpha, m_i, l_i = _softmax(s, m_i, l_i, qk_scale, HAS_LEFT or HAS_RIGHT)
+    # Without a barrier here, passed long ago, the assembler moves the wait below above the softmax, and nothing
+    # overlaps. Of one that this step waited on before, Triton would synchronise the warps once more.
+    mbarrier.wait(q_full, q_phase)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    mbarrier.arrive(empty.index(stage))
+    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None]
+    p = gl.convert_layout(weights.to(v_smem.dtype), gl.DotOperandLayout(0, o_layout, 2))
+    return acc, p, m_i, l_i, step + 1
+
+
+@jit
+def _store_rows(acc, lse, o_desc, o_smem, lse_ptr, b, h, bh, start_m, seqlen_q, BLOCK_DV: gl.constexpr,
+                O_IN_Q: gl.constexpr, o_smem_layout: gl.constexpr, rows: gl.constexpr):  # fmt: skip
+    """Write the output through shared memory, and the log-sum-exp."""
+    if not O_IN_Q:
+        store_wait(0)
+    o_smem._reinterpret(o_smem.dtype, [ROWS, BLOCK_DV], o_smem_layout).store(acc.to(o_smem.dtype))
+    fence_async_shared()
+    store(o_desc, [b, h, start_m, 0], o_smem)
+    i = start_m + gl.arange(0, ROWS, rows)
+    gl.store(lse_ptr + bh.to(gl.int64) * seqlen_q + i, lse, mask=i < seqlen_q)
+
+
+@jit
+def _consume(
+    w: gl.constexpr, o_desc, lse_ptr, part_ptr, part_lse_ptr, q_smem, k_smem, v_smem, pq_smem, pk_smem, o_smem,
+    q_full, q_empty, k_full, v_full, empty,
+    units, whole, parts, part_tiles, heads, pairs, num_blocks, num_heads, seqlen_q, seqlen_k, shift, left, right,
+    qk_scale, IS_SPLIT: gl.constexpr, ALTERNATES: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_EDGE: gl.constexpr, HAS_PHI: gl.constexpr,
+    CONSUMERS: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr, O_IN_Q: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
+    BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr,
+    q_layout: gl.constexpr, k_layout: gl.constexpr, v_layout: gl.constexpr, pq_layout: gl.constexpr,
+    pk_layout: gl.constexpr, o_smem_layout: gl.constexpr,
+):  # fmt: skip
+    """Warpgroup w: online softmax of its 64 queries of every tile."""
+    BLOCK_M: gl.constexpr = ROWS * CONSUMERS
+    first_keys: gl.constexpr = TAIL if TAIL > 0 else BLOCK_N
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    first_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, first_keys, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
+    rows: gl.constexpr = gl.SliceLayout(1, s_layout)
+    step = 0
+    for turn in range(turns_of(units, ALTERNATES)):
+        unit = unit_of(turn, ALTERNATES)
+        b, h, bh, block, part = tile_of(
+            unit, whole, parts, num_blocks, num_heads, pairs, heads, IS_SPLIT, HAS_LEFT or HAS_RIGHT
+        )
+        lo, full_lo, full_hi, hi = key_tiles(
+            block * BLOCK_M, seqlen_k, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
+        )
+        if IS_SPLIT:
+            lo, full_lo, full_hi, hi = part_of(lo, full_lo, full_hi, hi, part, part_tiles)
+        start_m = block * BLOCK_M + w * ROWS
+        acc = gl.zeros([ROWS, BLOCK_DV], gl.float32, o_layout)
+        m_i = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, first_layout))
+        l_i = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, first_layout))
+
+        place = w * Q_STAGES + turn % Q_STAGES
+        q = q_smem.index(place)._reinterpret(q_smem.dtype, [ROWS, BLOCK_D], q_layout)
+        pq = q
+        if HAS_PHI:
+            pq = pq_smem.index(place)._reinterpret(pq_smem.dtype, [ROWS, BLOCK_R], pq_layout)
+        mbarrier.wait(q_full.index(place), (turn // Q_STAGES) & 1)
+        stage = step % STAGES
+        mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
+        s = _issue_scores(q, k_smem, pq, pk_smem, stage, HAS_PHI, first_keys, BLOCK_N, BLOCK_D, BLOCK_R, k_layout,
+                          pk_layout, first_layout)  # fmt: skip
+        s = warpgroup_mma_wait(0, deps=[s])
+        mbarrier.arrive(empty.index(stage))
+        if HAS_EDGE:
+            s = _masked(s, start_m, (hi - 1) * BLOCK_N, seqlen_k, shift, left, right, HAS_LEFT, HAS_RIGHT, first_keys,
+                        first_layout)  # fmt: skip
+        weights, _, m_i, l_i = _softmax(s, m_i, l_i, qk_scale, HAS_EDGE)
+        p = gl.convert_layout(weights.to(v_smem.dtype), gl.DotOperandLayout(0, o_layout, 2))
+        m_i = gl.convert_layout(m_i, rows)
+        l_i = gl.convert_layout(l_i, rows)
+        step += 1
+        if O_IN_Q:
+            # The output of the last turn has left the other buffer, which is free for the queries of the next.
+            store_wait(0)
+            mbarrier.arrive(q_empty.index(w * Q_STAGES + (turn + 1) % Q_STAGES), pred=turn > 0)
+        last = hi - 2
+        if TAIL > 0:
+            acc, p, m_i, l_i, step = _step(
+                acc, p, m_i, l_i, step, last * BLOCK_N, q, pq, q_full.index(place), (turn // Q_STAGES) & 1, k_smem,
+                v_smem, pk_smem, k_full, v_full, empty, False, start_m, seqlen_k, shift, left, right, qk_scale,
+                HAS_LEFT, HAS_RIGHT, HAS_PHI, STAGES, TAIL, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, k_layout, v_layout,
+                pk_layout, s_layout, o_layout,
+            )  # fmt: skip
+            last -= 1
+        for n in range(last + 1 - lo):
+            tile = last - n
+            acc, p, m_i, l_i, step = _step(
+                acc, p, m_i, l_i, step, tile * BLOCK_N, q, pq, q_full.index(place), (turn // Q_STAGES) & 1, k_smem,
+                v_smem, pk_smem, k_full, v_full, empty, (tile >= full_hi) | (tile < full_lo), start_m, seqlen_k, shift,
+                left, right, qk_scale, HAS_LEFT, HAS_RIGHT, HAS_PHI, STAGES, BLOCK_N, BLOCK_N, BLOCK_D, BLOCK_DV,
+                BLOCK_R, k_layout, v_layout, pk_layout, s_layout, o_layout,
+            )  # fmt: skip
+        if not O_IN_Q:
+            mbarrier.arrive(q_empty.index(place))
+        stage = (step - 1) % STAGES
+        mbarrier.wait(v_full.index(stage), ((step - 1) // STAGES) & 1)
+        v = v_smem.index(stage)._reinterpret(v_smem.dtype, [BLOCK_N, BLOCK_DV], v_layout)
+        acc = warpgroup_mma(p, v, acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+
+        l_safe = l_i
+        lse = m_i
+        if HAS_EDGE:
+            l_safe = gl.where(l_i == 0.0, 1.0, l_i)
+            lse = gl.where(l_i == 0.0, float("-inf"), (m_i + gl.log2(l_safe)) * LN2)
+        else:
+            lse = (m_i + gl.log2(l_i)) * LN2
+        acc = acc * gl.convert_layout(1.0 / l_safe, gl.SliceLayout(1, o_layout))[:, None]
+        if O_IN_Q:
+            o_rows = q_smem.index(place)._reinterpret(o_smem.dtype, [1, 1, ROWS, BLOCK_DV], o_desc.layout)
+        else:
+            o_rows = o_smem.index(w)
+        if IS_SPLIT:
+            if part >= 0:
+                row = (unit - whole) * BLOCK_M + w * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, o_layout))
+                column = gl.arange(0, BLOCK_DV, gl.SliceLayout(0, o_layout))
+                gl.store(part_ptr + row[:, None] * BLOCK_DV + column[None, :], acc)
+                gl.store(part_lse_ptr + (unit - whole) * BLOCK_M + w * ROWS + gl.arange(0, ROWS, rows), lse)
+            else:
+                _store_rows(acc, lse, o_desc, o_rows, lse_ptr, b, h, bh, start_m, seqlen_q, BLOCK_DV, O_IN_Q,
+                            o_smem_layout, rows)  # fmt: skip
+        else:
+            _store_rows(acc, lse, o_desc, o_rows, lse_ptr, b, h, bh, start_m, seqlen_q, BLOCK_DV, O_IN_Q,
+                        o_smem_layout, rows)  # fmt: skip
+    store_wait(0)
+
+
+@jit(
+    do_not_specialize=[
+        "units", "whole", "parts", "part_tiles", "heads", "pairs", "num_blocks", "num_heads", "group", "seqlen_q",
+        "seqlen_k", "shift", "left", "right",
+        "pq_s1", "pq_v2", "pq_s2", "pk_s1", "pk_v2", "pk_s2",
+    ]
+)  # fmt: skip
+def _fwd_kernel(
+    q_desc, k_desc, v_desc, o_desc, pq_desc, pk_desc, lse_ptr, part_ptr, part_lse_ptr,
+    units, whole, parts, part_tiles, heads, pairs, num_blocks, num_heads, group, seqlen_q, seqlen_k, shift, left, right,
+    scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, IS_SPLIT: gl.constexpr, ALTERNATES: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_EDGE: gl.constexpr, HAS_PHI: gl.constexpr,
+    CONSUMERS: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr, O_IN_Q: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
+    BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, REGISTERS: gl.constexpr,
+    q_layout: gl.constexpr, k_layout: gl.constexpr, v_layout: gl.constexpr, pq_layout: gl.constexpr,
+    pk_layout: gl.constexpr, o_layout: gl.constexpr,
+):  # fmt: skip
+    """Output and log-sum-exp; a program takes tile after tile of 64 * CONSUMERS queries of one (batch, head)."""
+    q_smem = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS * Q_STAGES, 1, 1, ROWS, BLOCK_D], q_desc.layout)
+    k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_D], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_DV], v_desc.layout)
+    o_smem = q_smem
+    if not O_IN_Q:
+        o_smem = gl.allocate_shared_memory(o_desc.dtype, [CONSUMERS, 1, 1, ROWS, BLOCK_DV], o_desc.layout)
+    pq_smem = q_smem
+    pk_smem = k_smem
+    if HAS_PHI:
+        pq_smem = gl.allocate_shared_memory(pq_desc.dtype, [CONSUMERS * Q_STAGES, 1, ROWS, BLOCK_R], pq_desc.layout)
+        pk_smem = gl.allocate_shared_memory(pk_desc.dtype, [STAGES, 1, BLOCK_N, BLOCK_R], pk_desc.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS * Q_STAGES, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS * Q_STAGES, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for place in gl.static_range(CONSUMERS * Q_STAGES):
+        mbarrier.init(q_full.index(place), count=1)
+        mbarrier.init(q_empty.index(place), count=1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(stage), count=1)
+        mbarrier.init(v_full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=CONSUMERS)
+    fence_async_shared()
+    qk_scale = scale * LOG2E
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (0, o_desc, lse_ptr, part_ptr, part_lse_ptr, q_smem, k_smem, v_smem, pq_smem, pk_smem,
+                            o_smem, q_full, q_empty, k_full, v_full, empty, units, whole, parts, part_tiles, heads,
+                            pairs, num_blocks, num_heads, seqlen_q, seqlen_k, shift, left, right, qk_scale, IS_SPLIT,
+                            ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, CONSUMERS, Q_STAGES, STAGES, TAIL,
+                            O_IN_Q, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, q_layout, k_layout, v_layout, pq_layout,
+                            pk_layout, o_layout)),
+                (_consume, (1, o_desc, lse_ptr, part_ptr, part_lse_ptr, q_smem, k_smem, v_smem, pq_smem, pk_smem,
+                            o_smem, q_full, q_empty, k_full, v_full, empty, units, whole, parts, part_tiles, heads,
+                            pairs, num_blocks, num_heads, seqlen_q, seqlen_k, shift, left, right, qk_scale, IS_SPLIT,
+                            ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, CONSUMERS, Q_STAGES, STAGES, TAIL,
+                            O_IN_Q, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, q_layout, k_layout, v_layout, pq_layout,
+                            pk_layout, o_layout)),
+                (_produce, (q_desc, k_desc, v_desc, pq_desc, pk_desc, q_smem, k_smem, v_smem, pq_smem, pk_smem,
+                            q_full, q_empty, k_full, v_full, empty, units, whole, parts, part_tiles, heads, pairs,
+                            num_blocks, num_heads, group, seqlen_k, shift, left, right, pq_s1, pq_v2, pq_s2, pk_s1,
+                            pk_v2, pk_s2, IS_SPLIT, ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_PHI, CONSUMERS, Q_STAGES,
+                            STAGES, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R)),
+            ],
+            [4, 1],
+            [REGISTERS, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (0, o_desc, lse_ptr, part_ptr, part_lse_ptr, q_smem, k_smem, v_smem, pq_smem, pk_smem,
+                            o_smem, q_full, q_empty, k_full, v_full, empty, units, whole, parts, part_tiles, heads,
+                            pairs, num_blocks, num_heads, seqlen_q, seqlen_k, shift, left, right, qk_scale, IS_SPLIT,
+                            ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, CONSUMERS, Q_STAGES, STAGES, TAIL,
+                            O_IN_Q, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, q_layout, k_layout, v_layout, pq_layout,
+                            pk_layout, o_layout)),
+                (_consume, (1, o_desc, lse_ptr, part_ptr, part_lse_ptr, q_smem, k_smem, v_smem, pq_smem, pk_smem,
+                            o_smem, q_full, q_empty, k_full, v_full, empty, units, whole, parts, part_tiles, heads,
+                            pairs, num_blocks, num_heads, seqlen_q, seqlen_k, shift, left, right, qk_scale, IS_SPLIT,
+                            ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, CONSUMERS, Q_STAGES, STAGES, TAIL,
+                            O_IN_Q, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, q_layout, k_layout, v_layout, pq_layout,
+                            pk_layout, o_layout)),
+                (_consume, (2, o_desc, lse_ptr, part_ptr, part_lse_ptr, q_smem, k_smem, v_smem, pq_smem, pk_smem,
+                            o_smem, q_full, q_empty, k_full, v_full, empty, units, whole, parts, part_tiles, heads,
+                            pairs, num_blocks, num_heads, seqlen_q, seqlen_k, shift, left, right, qk_scale, IS_SPLIT,
+                            ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, CONSUMERS, Q_STAGES, STAGES, TAIL,
+                            O_IN_Q, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, q_layout, k_layout, v_layout, pq_layout,
+                            pk_layout, o_layout)),
+                (_produce, (q_desc, k_desc, v_desc, pq_desc, pk_desc, q_smem, k_smem, v_smem, pq_smem, pk_smem,
+                            q_full, q_empty, k_full, v_full, empty, units, whole, parts, part_tiles, heads, pairs,
+                            num_blocks, num_heads, group, seqlen_k, shift, left, right, pq_s1, pq_v2, pq_s2, pk_s1,
+                            pk_v2, pk_s2, IS_SPLIT, ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_PHI, CONSUMERS, Q_STAGES,
+                            STAGES, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R)),
+            ],
+            [4, 4, 1],
+            [REGISTERS, REGISTERS, 24],
+        )  # fmt: skip
+
+
+@soundly_assembled
+def launch(out: torch.Tensor, lse: torch.Tensor, *arguments: Any) -> None:
+    """Fill `out` and `lse`; the arguments are those that the operators share (`attention/registration.py`)."""
+    ops = HopperOperands.of(*arguments)
+    launch_as(forward_config(ops.block_d, ops.block_dv, ops.columns), ops, out, lse)
+
+
+def launch_as(config: Config, ops: HopperOperands, out: torch.Tensor, lse: torch.Tensor) -> None:
+    """Launch with a given tile shape."""
+    rows, keys, factors = ROWS.value, config.block_n, ops.factors
+    blocks = triton.cdiv(ops.seqlen_q, config.block_m)
+    schedule = schedule_of(config, ops)
+    tail = 0 if schedule.is_split or ops.has_edge(0, 1) else tail_of(config, ops.seqlen_k)
+    out_flat = ops.flat(out)
+    q = descriptor(ops.q, rows, ops.block_d)
+    k = descriptor(ops.k, keys, ops.block_d)
+    v = descriptor(ops.v, keys, ops.block_dv)
+    o = descriptor(out_flat, rows, ops.block_dv)
+    pq = q if factors is None else descriptor(factors.phi_q, rows, ops.columns)
+    pk = k if factors is None else descriptor(factors.phi_k, keys, ops.columns)
+    parts = parts_lse = lse
+    if schedule.is_split:
+        parts = lse.new_empty((schedule.units - schedule.whole, config.block_m, ops.block_dv))
+        parts_lse = lse.new_empty(parts.shape[:2])
+    sharing = (*ops.sharing_q.sizes, *ops.sharing_k.sizes)
+    _fwd_kernel[(schedule.programs,)](
+        q, k, v, o, pq, pk, lse, parts, parts_lse, schedule.units, schedule.whole, schedule.parts, schedule.part_tiles,
+        schedule.heads, ops.num_programs, blocks, ops.num_heads, ops.group, ops.seqlen_q, ops.seqlen_k, ops.shift,
+        ops.window_left, ops.window_right, ops.scale, *sharing,
+        IS_SPLIT=schedule.is_split,
+        ALTERNATES=schedule.alternates,
+        HAS_LEFT=ops.window_left >= 0,
+        HAS_RIGHT=ops.window_right >= 0,
+        HAS_EDGE=ops.has_edge(ops.seqlen_k, tail or config.block_n),
+        HAS_PHI=factors is not None,
+        CONSUMERS=config.consumers,
+        Q_STAGES=config.q_stages,
+        STAGES=config.stages,
+        TAIL=tail,
+        O_IN_Q=holds_output(config, ops.block_d, ops.block_dv),
+        BLOCK_N=config.block_n,
+        BLOCK_D=ops.block_d,
+        BLOCK_DV=ops.block_dv,
+        BLOCK_R=ops.columns,
+        REGISTERS=config.registers,
+        q_layout=matrix(q), k_layout=matrix(k), v_layout=matrix(v), pq_layout=matrix(pq), pk_layout=matrix(pk),
+        o_layout=matrix(o),
+        num_warps=4,
+        maxnreg=config.maxnreg,
+    )  # fmt: skip
+    if schedule.is_split:
+        join(schedule, parts, parts_lse, out_flat, lse, blocks)
+
+
+def schedule_of(config: Config, ops: HopperOperands) -> Schedule:
+    """Deal the tiles of a call to the multiprocessors."""
+    blocks = triton.cdiv(ops.seqlen_q, config.block_m)
+    programs = config.programs * multiprocessors(ops.q.device)
+    if ops.window_left < 0 and ops.window_right < 0:
+        return unbanded(blocks * ops.num_programs, triton.cdiv(ops.seqlen_k, config.block_n), programs)
+    band = Band(ops.shift, ops.window_left, ops.window_right)
+    pair_bytes = ops.seqlen_k * (ops.head_dim + ops.head_dim_v) * ops.k.element_size()
+    return banded(
+        blocks, ops.num_programs, config.block_m, config.block_n, ops.seqlen_k, band, pair_bytes, ops.group, programs
+    )

@@ -1,0 +1,434 @@
+"""Backward pass for Hopper: one kernel for all gradients, dq and dphi_q by additions of the copy engine.
+
+A program owns 128 keys, 64 to a warpgroup, and walks over the queries that see them. Scores are held keys by queries:
+
+    S^T = k q^T + phi_k phi_q^T     P^T = exp2(S^T scale log2(e) - lse)     dP^T = v dO^T     dS^T = P^T (dP^T - delta)
+    dv += P^T dO     dk += dS^T q     dphi_k += dS^T phi_q                  dq += dS k     dphi_q += dS phi_k
+
+P^T and dS^T are operands from registers; dS goes through shared memory, where both warpgroups' keys meet, and each
+warpgroup makes one half of dq: half of its columns, or half of its rows where heads are narrow.
+"""
+
+# Gluon is untyped: jitted functions take and return what annotations cannot say.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportReturnType=false
+# pyright: reportAssignmentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+
+from flashbias.attention.hopper.gluon import (
+    fence_async_shared,
+    gl,
+    jit,
+    load,
+    mbarrier,
+    reduce_add,
+    store,
+    store_wait,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from flashbias.attention.hopper.tiles import ROWS, exp2, own_index, query_tiles, turns_of, unit_of
+from flashbias.attention.triton.primitives import LOG2E
+
+
+@jit
+def turn_of(block, num_blocks, count, IS_BANDED: gl.constexpr):
+    """Where a block of keys begins its walk: each elsewhere, so that programs do not add to the same rows at once."""
+    if IS_BANDED:
+        return 0
+    else:
+        return block * count // num_blocks
+
+
+@jit
+def turned_tile(first, n, count, turned):
+    """The n-th tile of a walk that begins `turned` steps in and goes round."""
+    m = n + turned
+    return first + (m - count if m >= count else m)
+
+
+@jit
+def _produce(
+    q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, lse_ptr, delta_ptr,
+    q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, lse_smem, delta_smem, kv_full, kv_empty, q_full, q_empty,
+    units, pairs, heads, num_blocks, num_heads, group, stride_rows, seqlen_q, shift, left, right,
+    pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_PHI: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr,
+    CONSUMERS: gl.constexpr, ALTERNATES: gl.constexpr,
+):  # fmt: skip
+    """The loading warp: keys and values of every tile, and the queries that see them."""
+    BLOCK_N: gl.constexpr = ROWS * CONSUMERS
+    width: gl.constexpr = BLOCK_D + BLOCK_DV + (BLOCK_R if HAS_PHI else 0)
+    per_lane: gl.constexpr = gl.BlockedLayout([BLOCK_M // 32], [32], [1], [0])
+    offs_m = gl.arange(0, BLOCK_M, per_lane)
+    step = 0
+    for turn in range(turns_of(units, ALTERNATES)):
+        b, hk, block = key_tile_of(
+            unit_of(turn, ALTERNATES), num_blocks, pairs, heads, num_heads // group, HAS_LEFT or HAS_RIGHT
+        )
+        start_n = block * BLOCK_N
+        lo, _, _, hi = query_tiles(start_n, seqlen_q, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N)
+        mbarrier.wait(kv_empty, (turn & 1) ^ 1)
+        mbarrier.expect(kv_full, 2 * BLOCK_N * width)
+        f_k = own_index(b * num_heads + hk * group, pk_s1, pk_v2, pk_s2)
+        for w in gl.static_range(CONSUMERS):
+            load(k_desc, [b, hk, start_n + w * ROWS, 0], kv_full, k_smem.index(w))
+            load(v_desc, [b, hk, start_n + w * ROWS, 0], kv_full, v_smem.index(w))
+            if HAS_PHI:
+                load(pk_desc, [f_k, start_n + w * ROWS, 0], kv_full, pk_smem.index(w))
+        for g in range(group):
+            h = hk * group + g
+            bh = b * num_heads + h
+            f_q = own_index(bh, pq_s1, pq_v2, pq_s2)
+            turned = turn_of(block, num_blocks, hi - lo, HAS_LEFT or HAS_RIGHT)
+            for n in range(hi - lo):
+                start_m = turned_tile(lo, n, hi - lo, turned) * BLOCK_M
+                stage = step % STAGES
+                rows = bh.to(gl.int64) * stride_rows + start_m
+                lse = gl.load(lse_ptr + rows + offs_m)
+                delta = gl.load(delta_ptr + rows + offs_m)
+                mbarrier.wait(q_empty.index(stage), ((step // STAGES) & 1) ^ 1)
+                full = q_full.index(stage)
+                mbarrier.expect(full, 2 * BLOCK_M * width)
+                load(q_desc, [b, h, start_m, 0], full, q_smem.index(stage))
+                if HAS_PHI:
+                    load(pq_desc, [f_q, start_m, 0], full, pq_smem.index(stage))
+                load(do_desc, [b, h, start_m, 0], full, do_smem.index(stage))
+                lse_smem.index(stage).store(lse)
+                delta_smem.index(stage).store(delta)
+                mbarrier.arrive(full)
+                step += 1
+
+
+@jit
+def key_tile_of(unit, num_blocks, pairs, heads, kv_heads, IS_BANDED: gl.constexpr):
+    """Batch, head of keys and block of keys of a unit; under a causal mask the first blocks are the longest."""
+    if IS_BANDED:
+        first = unit // (heads * num_blocks) * heads
+        within = unit % (heads * num_blocks)
+        heads = gl.minimum(heads, pairs - first)
+        pair = first + within % heads
+        block = within // heads
+    else:
+        pair = unit // num_blocks
+        block = unit % num_blocks
+    return pair // kv_heads, pair % kv_heads, block
+
+
+@jit
+def _walk(
+    w: gl.constexpr, dk, dv, dphi, step, first, count, turned, f_q, bh, start_n, k, v, pk,
+    q_smem, k_smem, do_smem, pq_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem,
+    q_full, q_empty, ds_full, ds_empty, dq_desc, dpq_desc, seqlen_k, shift, left, right, qk_scale,
+    IS_EDGE: gl.constexpr, HAS_TAIL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr, SUM_DPK: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr,
+    q_layout: gl.constexpr, k_layout: gl.constexpr, do_layout: gl.constexpr, pq_layout: gl.constexpr,
+    dq_layout: gl.constexpr, dpq_layout: gl.constexpr, FROM_REGISTERS: gl.constexpr, SHARED: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+):  # fmt: skip
+    """Walk over `count` tiles of queries from `first`, the one `turned` steps in at first."""
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    dv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
+    dphi_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_G, 16])
+    columns: gl.constexpr = gl.SliceLayout(0, s_layout)
+    DQ_COLUMNS: gl.constexpr = BLOCK_D // CONSUMERS if SHARED else BLOCK_D
+    part_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQ_COLUMNS, 16])
+    BEHIND: gl.constexpr = (CONSUMERS if SHARED else 1) + (1 if SUM_DPQ else 0)
+    own = ds_smem.index(w)
+    for n in range(count):
+        # Two buffers of dS, so that a warpgroup may be one step ahead of the other.
+        half = step & 1
+        if SHARED:
+            own = ds_smem.index(half * CONSUMERS + w)
+        stage = step % STAGES
+        start_m = turned_tile(first, n, count, turned) * BLOCK_M
+        mbarrier.wait(q_full.index(stage), (step // STAGES) & 1)
+        q = q_smem.index(stage)._reinterpret(q_smem.dtype, [BLOCK_M, BLOCK_D], q_layout)
+        do = do_smem.index(stage)._reinterpret(do_smem.dtype, [BLOCK_M, BLOCK_DV], do_layout)
+        pq = q
+        zero = gl.zeros([ROWS, BLOCK_M], gl.float32, s_layout)
+        s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+        if HAS_PHI:
+            pq = pq_smem.index(stage)._reinterpret(pq_smem.dtype, [BLOCK_M, BLOCK_R], pq_layout)
+            s = warpgroup_mma(pk, pq.permute((1, 0)), s, is_async=True)
+        dp = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
+        lse = lse_smem.index(stage).load(columns)
+        s = warpgroup_mma_wait(1, deps=[s])
+        p = exp2(s * qk_scale - lse[None, :])
+        if IS_EDGE or HAS_TAIL:
+            j = start_n + w * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))[:, None]
+            keep = j < seqlen_k
+            if IS_EDGE:
+                i = start_m + gl.arange(0, BLOCK_M, columns)[None, :]
+                if HAS_RIGHT:
+                    keep = keep & (j - i <= shift + right)
+                if HAS_LEFT:
+                    keep = keep & (j - i >= shift - left)
+            p = gl.where(keep, p, 0.0)
+        p16 = gl.convert_layout(p.to(do_smem.dtype), gl.DotOperandLayout(0, dv_layout, 2))
+        dv = warpgroup_mma(p16, do, dv, is_async=True)
+        delta = delta_smem.index(stage).load(columns)
+        dp = warpgroup_mma_wait(1, deps=[dp])
+        ds16 = (p * (dp - delta[None, :])).to(q_smem.dtype)
+        if SHARED:
+            mbarrier.wait(ds_empty.index(half), ((step >> 1) & 1) ^ 1)
+        own.store(ds16)
+        fence_async_shared()
+        if SHARED:
+            mbarrier.arrive(ds_full.index(half))
+        if FROM_REGISTERS:
+            dk = warpgroup_mma(gl.convert_layout(ds16, gl.DotOperandLayout(0, dk_layout, 2)), q, dk, is_async=True)
+        else:
+            dk = warpgroup_mma(own, q, dk, is_async=True)
+        if SUM_DPK:
+            lead = pq.slice(0, BLOCK_G, dim=1)
+            if FROM_REGISTERS:
+                dphi = warpgroup_mma(
+                    gl.convert_layout(ds16, gl.DotOperandLayout(0, dphi_layout, 2)), lead, dphi, is_async=True
+                )
+            else:
+                dphi = warpgroup_mma(own, lead, dphi, is_async=True)
+        dq = gl.zeros([BLOCK_M, DQ_COLUMNS], gl.float32, part_layout)
+        if SHARED:
+            mbarrier.wait(ds_full.index(half), (step >> 1) & 1)
+            for c in gl.static_range(CONSUMERS):
+                k_c = k_smem.index(c)._reinterpret(k_smem.dtype, [ROWS, BLOCK_D], k_layout)
+                dq = warpgroup_mma(
+                    ds_smem.index(half * CONSUMERS + c).permute((1, 0)), k_c.slice(w * DQ_COLUMNS, DQ_COLUMNS, dim=1),
+                    dq, use_acc=c > 0, is_async=True,
+                )  # fmt: skip
+        else:
+            dq = warpgroup_mma(own.permute((1, 0)), k, dq, use_acc=False, is_async=True)
+        if SUM_DPQ:
+            dpq = warpgroup_mma(
+                own.permute((1, 0)), pk.slice(0, BLOCK_G, dim=1),
+                gl.zeros([BLOCK_M, BLOCK_G], gl.float32, dphi_layout), use_acc=False, is_async=True,
+            )  # fmt: skip
+        if SUM_DPK:
+            dk, dv, dphi = warpgroup_mma_wait(BEHIND, deps=[dk, dv, dphi])
+        else:
+            dk, dv = warpgroup_mma_wait(BEHIND, deps=[dk, dv])
+        mbarrier.arrive(q_empty.index(stage))
+        store_wait(0)
+        if SUM_DPQ:
+            dq, dpq = warpgroup_mma_wait(0, deps=[dq, dpq])
+            dpq_smem.index(w)._reinterpret(gl.float32, [BLOCK_M, BLOCK_G], dpq_layout).store(dpq)
+        else:
+            dq = warpgroup_mma_wait(0, deps=[dq])
+        if SHARED:
+            mbarrier.arrive(ds_empty.index(half))
+        dq_smem.index(w)._reinterpret(gl.float32, [BLOCK_M, DQ_COLUMNS], dq_layout).store(dq)
+        fence_async_shared()
+        reduce_add(dq_desc, [bh, start_m, w * DQ_COLUMNS if SHARED else 0], dq_smem.index(w))
+        if SUM_DPQ:
+            reduce_add(dpq_desc, [f_q, start_m, 0], dpq_smem.index(w))
+        step += 1
+    return dk, dv, dphi, step
+
+
+@jit
+def _consume(
+    w: gl.constexpr, dq_desc, dk_desc, dv_desc, dpq_desc, dpk_desc,
+    q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, dpk_smem,
+    kv_full, kv_empty, q_full, q_empty, ds_full, ds_empty,
+    units, pairs, heads, num_blocks, num_heads, group, seqlen_q, seqlen_k, shift, left, right, scale,
+    pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_TAIL: gl.constexpr, HAS_PHI: gl.constexpr,
+    SUM_DPQ: gl.constexpr, SUM_DPK: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr,
+    BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr,
+    q_layout: gl.constexpr, k_layout: gl.constexpr, v_layout: gl.constexpr, do_layout: gl.constexpr,
+    pq_layout: gl.constexpr, pk_layout: gl.constexpr, ds_layout: gl.constexpr, dq_layout: gl.constexpr,
+    dpq_layout: gl.constexpr, dpk_layout: gl.constexpr, FROM_REGISTERS: gl.constexpr,
+    SHARED: gl.constexpr, CONSUMERS: gl.constexpr, ALTERNATES: gl.constexpr,
+):  # fmt: skip
+    """Warpgroup w: 64 keys of every tile."""
+    BLOCK_N: gl.constexpr = ROWS * CONSUMERS
+    dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    dv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
+    dphi_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_G, 16])
+    k = k_smem.index(w)._reinterpret(k_smem.dtype, [ROWS, BLOCK_D], k_layout)
+    v = v_smem.index(w)._reinterpret(v_smem.dtype, [ROWS, BLOCK_DV], v_layout)
+    pk = k
+    if HAS_PHI:
+        pk = pk_smem.index(w)._reinterpret(pk_smem.dtype, [ROWS, BLOCK_R], pk_layout)
+    step = 0
+    for turn in range(turns_of(units, ALTERNATES)):
+        b, hk, block = key_tile_of(
+            unit_of(turn, ALTERNATES), num_blocks, pairs, heads, num_heads // group, HAS_LEFT or HAS_RIGHT
+        )
+        start_n = block * BLOCK_N
+        lo, full_lo, full_hi, hi = query_tiles(
+            start_n, seqlen_q, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
+        )
+        dk = gl.zeros([ROWS, BLOCK_D], gl.float32, dk_layout)
+        dv = gl.zeros([ROWS, BLOCK_DV], gl.float32, dv_layout)
+        dphi = gl.zeros([ROWS, BLOCK_G], gl.float32, dphi_layout)
+        mbarrier.wait(kv_full, turn & 1)
+        begin = step
+        for g in range(group):
+            bh = b * num_heads + hk * group + g
+            f_q = own_index(bh, pq_s1, pq_v2, pq_s2)
+            for part in gl.static_range(3):
+                if part == 0:
+                    first = lo
+                    count = full_lo - lo
+                elif part == 1:
+                    first = full_lo
+                    count = full_hi - full_lo
+                else:
+                    first = full_hi
+                    count = hi - full_hi
+                if part == 1 or (part == 0 and HAS_RIGHT) or (part == 2 and HAS_LEFT):
+                    dk, dv, dphi, step = _walk(
+                        w, dk, dv, dphi, step, first, count, turn_of(block, num_blocks, count, HAS_LEFT or HAS_RIGHT),
+                        f_q, bh, start_n, k, v, pk, q_smem, k_smem, do_smem, pq_smem, ds_smem, lse_smem, delta_smem,
+                        dq_smem, dpq_smem, q_full, q_empty, ds_full, ds_empty, dq_desc, dpq_desc, seqlen_k, shift,
+                        left, right, scale * LOG2E,
+                        part != 1, HAS_TAIL, HAS_LEFT, HAS_RIGHT, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_M, BLOCK_D,
+                        BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout, do_layout, pq_layout, dq_layout, dpq_layout,
+                        FROM_REGISTERS, SHARED, CONSUMERS,
+                    )  # fmt: skip
+        if SHARED:
+            # The other warpgroup reads these keys until it has made its last part of dq.
+            last = step - 1
+            mbarrier.wait(ds_empty.index(last & 1), (last >> 1) & 1, pred=step > begin)
+        k.store((dk * scale).to(k_smem.dtype))
+        v.store(dv.to(v_smem.dtype))
+        if SUM_DPK:
+            store_wait(0)
+            own = dpk_smem.index(w)
+            own._reinterpret(gl.float32, [ROWS, BLOCK_G], dpk_layout).store(dphi * scale)
+        fence_async_shared()
+        store(dk_desc, [b, hk, start_n + w * ROWS, 0], k_smem.index(w))
+        store(dv_desc, [b, hk, start_n + w * ROWS, 0], v_smem.index(w))
+        if SUM_DPK:
+            f_k = own_index(b * num_heads + hk * group, pk_s1, pk_v2, pk_s2)
+            reduce_add(dpk_desc, [f_k, start_n + w * ROWS, 0], dpk_smem.index(w))
+        store_wait(0)
+        mbarrier.arrive(kv_empty)
+
+
+@jit(
+    do_not_specialize=[
+        "units", "pairs", "heads", "num_blocks", "num_heads", "group", "stride_rows", "seqlen_q", "seqlen_k", "shift",
+        "left", "right", "pq_s1", "pq_v2", "pq_s2", "pk_s1", "pk_v2", "pk_s2",
+    ]
+)  # fmt: skip
+def _bwd_kernel(
+    q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, lse_ptr, delta_ptr, dq_desc, dk_desc, dv_desc, dpq_desc,
+    dpk_desc, units, pairs, heads, num_blocks, num_heads, group, stride_rows, seqlen_q, seqlen_k, shift, left, right,
+    scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_TAIL: gl.constexpr, HAS_PHI: gl.constexpr,
+    SUM_DPQ: gl.constexpr, SUM_DPK: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr,
+    BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr, FROM_REGISTERS: gl.constexpr,
+    SHARED: gl.constexpr, CONSUMERS: gl.constexpr, ALTERNATES: gl.constexpr, REGISTERS: gl.constexpr,
+    q_layout: gl.constexpr, k_layout: gl.constexpr, v_layout: gl.constexpr, do_layout: gl.constexpr,
+    pq_layout: gl.constexpr, pk_layout: gl.constexpr, ds_layout: gl.constexpr, dq_layout: gl.constexpr,
+    dpq_layout: gl.constexpr, dpk_layout: gl.constexpr,
+):  # fmt: skip
+    """All gradients; a program takes every so-manieth tile of 128 keys of one (batch, head of keys)."""
+    rows_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    k_smem = gl.allocate_shared_memory(k_desc.dtype, [CONSUMERS, 1, 1, ROWS, BLOCK_D], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(v_desc.dtype, [CONSUMERS, 1, 1, ROWS, BLOCK_DV], v_desc.layout)
+    q_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_D], q_desc.layout)
+    do_smem = gl.allocate_shared_memory(do_desc.dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_DV], do_desc.layout)
+    pq_smem = q_smem
+    pk_smem = k_smem
+    if HAS_PHI:
+        pq_smem = gl.allocate_shared_memory(pq_desc.dtype, [STAGES, 1, BLOCK_M, BLOCK_R], pq_desc.layout)
+        pk_smem = gl.allocate_shared_memory(pk_desc.dtype, [CONSUMERS, 1, ROWS, BLOCK_R], pk_desc.layout)
+    ds_smem = gl.allocate_shared_memory(
+        q_desc.dtype, [2 * CONSUMERS if SHARED else CONSUMERS, ROWS, BLOCK_M], ds_layout
+    )
+    dq_smem = gl.allocate_shared_memory(
+        gl.float32, [CONSUMERS, 1, BLOCK_M, BLOCK_D // CONSUMERS if SHARED else BLOCK_D], dq_desc.layout
+    )
+    dpq_smem = dq_smem
+    dpk_smem = dq_smem
+    if SUM_DPQ:
+        dpq_smem = gl.allocate_shared_memory(gl.float32, [CONSUMERS, 1, BLOCK_M, BLOCK_G], dpq_desc.layout)
+    if SUM_DPK:
+        dpk_smem = gl.allocate_shared_memory(gl.float32, [CONSUMERS, 1, ROWS, BLOCK_G], dpk_desc.layout)
+    lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], rows_layout)
+    delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], rows_layout)
+    kv_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    kv_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    ds_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(kv_full, count=1)
+    mbarrier.init(kv_empty, count=CONSUMERS)
+    for n in gl.static_range(2):
+        mbarrier.init(ds_full.index(n), count=CONSUMERS)
+        mbarrier.init(ds_empty.index(n), count=CONSUMERS)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(q_full.index(stage), count=2)
+        mbarrier.init(q_empty.index(stage), count=CONSUMERS)
+    fence_async_shared()
+    # Partitions take their arguments one by one: in a tuple of its own a constant would become a tensor.
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (0, dq_desc, dk_desc, dv_desc, dpq_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem,
+                            pk_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, dpk_smem, kv_full, kv_empty,
+                            q_full, q_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group,
+                            seqlen_q, seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2,
+                            HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_M, BLOCK_D,
+                            BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout,
+                            ds_layout, dq_layout, dpq_layout, dpk_layout, FROM_REGISTERS, SHARED, CONSUMERS,
+                            ALTERNATES)),
+                (_consume, (1, dq_desc, dk_desc, dv_desc, dpq_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem,
+                            pk_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, dpk_smem, kv_full, kv_empty,
+                            q_full, q_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group,
+                            seqlen_q, seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2,
+                            HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_M, BLOCK_D,
+                            BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout,
+                            ds_layout, dq_layout, dpq_layout, dpk_layout, FROM_REGISTERS, SHARED, CONSUMERS,
+                            ALTERNATES)),
+                (_produce, (q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, lse_ptr, delta_ptr, q_smem, k_smem,
+                            v_smem, do_smem, pq_smem, pk_smem, lse_smem, delta_smem, kv_full, kv_empty, q_full, q_empty,
+                            units, pairs, heads, num_blocks, num_heads, group, stride_rows, seqlen_q, shift, left,
+                            right, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_PHI, STAGES,
+                            BLOCK_M, BLOCK_D, BLOCK_DV, BLOCK_R, CONSUMERS, ALTERNATES)),
+            ],
+            [4, 1],
+            [REGISTERS, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (0, dq_desc, dk_desc, dv_desc, dpq_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem,
+                            pk_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, dpk_smem, kv_full, kv_empty,
+                            q_full, q_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group,
+                            seqlen_q, seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2,
+                            HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_M, BLOCK_D,
+                            BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout,
+                            ds_layout, dq_layout, dpq_layout, dpk_layout, FROM_REGISTERS, SHARED, CONSUMERS,
+                            ALTERNATES)),
+                (_consume, (1, dq_desc, dk_desc, dv_desc, dpq_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem,
+                            pk_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, dpk_smem, kv_full, kv_empty,
+                            q_full, q_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group,
+                            seqlen_q, seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2,
+                            HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_M, BLOCK_D,
+                            BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout,
+                            ds_layout, dq_layout, dpq_layout, dpk_layout, FROM_REGISTERS, SHARED, CONSUMERS,
+                            ALTERNATES)),
+                (_consume, (2, dq_desc, dk_desc, dv_desc, dpq_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem,
+                            pk_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, dpk_smem, kv_full, kv_empty,
+                            q_full, q_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group,
+                            seqlen_q, seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2,
+                            HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_M, BLOCK_D,
+                            BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout,
+                            ds_layout, dq_layout, dpq_layout, dpk_layout, FROM_REGISTERS, SHARED, CONSUMERS,
+                            ALTERNATES)),
+                (_produce, (q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, lse_ptr, delta_ptr, q_smem, k_smem,
+                            v_smem, do_smem, pq_smem, pk_smem, lse_smem, delta_smem, kv_full, kv_empty, q_full, q_empty,
+                            units, pairs, heads, num_blocks, num_heads, group, stride_rows, seqlen_q, shift, left,
+                            right, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_PHI, STAGES,
+                            BLOCK_M, BLOCK_D, BLOCK_DV, BLOCK_R, CONSUMERS, ALTERNATES)),
+            ],
+            [4, 4, 1],
+            [REGISTERS, REGISTERS, 24],
+        )  # fmt: skip

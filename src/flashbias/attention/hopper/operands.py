@@ -1,0 +1,75 @@
+"""One call as the Hopper kernels see it: packed factors, and tensors as the copy engine addresses them."""
+
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from flashbias.attention.hopper.gluon import TensorDescriptor, gl
+from flashbias.attention.hopper.pack import ReadyFactors
+from flashbias.attention.triton.operands import Operands
+
+__all__ = ["HopperOperands", "addressable", "descriptor", "is_addressable", "layout_of", "matrix"]
+
+ALIGNMENT = 16
+"""Bytes to which the copy engine wants every row to be aligned."""
+
+_ELEMENTS = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
+
+
+class HopperOperands(Operands):
+    """`Operands` with factors that one product turns into a bias over scale."""
+
+    factors_type = ReadyFactors
+
+    @classmethod
+    def of(cls, *arguments: Any) -> Self:
+        """As `Operands.of`; tensors that the copy engine cannot address are copied."""
+        ops = super().of(*arguments)
+        return replace(ops, **{name: addressable(getattr(ops, name)) for name in "qkv"})
+
+    @property
+    def columns(self) -> int:
+        """Packed columns of the factors, 0 without."""
+        return 0 if self.factors is None else self.factors.columns
+
+    @property
+    def shift(self) -> int:
+        """Of the diagonal, where the ends of queries and keys are aligned."""
+        return self.seqlen_k - self.seqlen_q if self.bottom_right else 0
+
+
+def descriptor(x: Tensor, rows: int, columns: int) -> Any:
+    """Describe `[..., n, width]` to the copy engine, in boxes of `rows` × `columns`; past the edges it reads zeros."""
+    box = [1] * (x.dim() - 2) + [rows, columns]
+    # The step of a dimension of size 1 is never taken, but has to be one that could be.
+    steps = [step if size > 1 else ALIGNMENT for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
+    return TensorDescriptor(x, list(x.shape), [*steps, 1], box, layout_of(tuple(box), x.dtype))
+
+
+def addressable(x: Tensor) -> Tensor:
+    """x, or a copy where the copy engine cannot read it."""
+    return x if is_addressable(x) else x.clone(memory_format=torch.contiguous_format)
+
+
+def matrix(x: Any) -> Any:
+    """Layout in shared memory of one box of a descriptor, as a matrix."""
+    return layout_of(tuple(x.block_shape[-2:]), x.base.dtype)
+
+
+@functools.cache
+def layout_of(shape: tuple[int, ...], dtype: torch.dtype) -> Any:
+    """Layout in shared memory that the copy engine and the matrix unit agree on."""
+    return gl.NVMMASharedLayout.get_default_for(list(shape), _ELEMENTS[dtype])
+
+
+def is_addressable(x: Tensor) -> bool:
+    """Whether the copy engine can read x: unit stride in rows, all others, and the start, a multiple of 16 bytes."""
+    steps = [step for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
+    aligned = all(step > 0 and step * x.element_size() % ALIGNMENT == 0 for step in steps)
+    return x.stride(-1) == 1 and aligned and x.data_ptr() % ALIGNMENT == 0
