@@ -344,8 +344,8 @@ def _choose(call: Call, impl: str) -> Explanation:
         raise ValueError(f"impl must be 'auto' or one of {sorted(_MODULES)}, got {impl!r}")
     reasons = {name: _unavailable(name) or _MODULES[name].unsupported(call) for name in _MODULES}
     possible = [name for name, reason in reasons.items() if reason is None]
-    if "hopper" in possible and hopper.is_slower(call):
-        possible = [*(name for name in possible if name != "hopper"), "hopper"]
+    if possible[:2] == ["hopper", "triton"] and hopper.is_slower(call):
+        possible = possible[1:]
     if call.query.device.type == "cpu" and "sdpa" in possible:
         # Kernels run on CPU tensors only through Triton's interpreter, for tests.
         possible = ["sdpa", *(name for name in possible if name != "sdpa")]

@@ -19,7 +19,11 @@ __all__ = ["SETTINGS", "Changes", "ExactFamily", "Family", "Options", "Plan", "f
 SETTINGS = "_flashbias"
 """The attribute under which every attention that is changed keeps what its new forward needs."""
 
-FOLDERS = {"timm": "flashbias.integrations.timm", "transformers": "flashbias.integrations.transformers"}
+FOLDERS = {
+    "flash_abb": "flashbias.integrations.protein",
+    "timm": "flashbias.integrations.timm",
+    "transformers": "flashbias.integrations.transformers",
+}
 """The library that a model's classes come from, and the package that knows it. It is imported for such models only."""
 
 

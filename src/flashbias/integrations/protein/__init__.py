@@ -1,4 +1,7 @@
-"""Attention of protein models whose scores carry a pair bias, in the shapes that they use."""
+"""Attention of protein models whose scores carry a pair bias: functions in the shapes that they use, families to patch.
+
+`triangle.py` holds the functions. Every other file is a family, which `patch` finds; nothing here imports its library.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,162 @@
+"""What the Hopper kernels refuse, and that nothing takes them where they cannot run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import flashbias as fb
+from flashbias.attention import hopper, packing
+from flashbias.attention.call import Call, VarlenLayout
+
+ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> torch.Tensor:
+    """A tensor on a device that need not be there."""
+    with FakeTensorMode():
+        return torch.empty(*shape, dtype=dtype, device=device)
+
+
+def factors(rank: int, n: int = 64, m: int = 64, dtype: torch.dtype = torch.bfloat16, **rest: Any) -> fb.FactoredBias:
+    return fb.FactoredBias(empty(2, n, rank, dtype=dtype), empty(2, m, rank, dtype=dtype), **rest)
+
+
+def call(
+    n: int = 64, m: int = 64, head_dim: int = 64, head_dim_v: int | None = None, dtype: torch.dtype = torch.bfloat16,
+    device: str = "cuda", bias: fb.FactoredBias | None = None, scale: float = 0.125, **changes: Any,
+) -> Call:  # fmt: skip
+    """A call that the kernels can do, unless the arguments say otherwise."""
+    widths = ((n, head_dim), (m, head_dim), (m, head_dim_v or head_dim))
+    query, key, value = (empty(1, 2, *size, dtype=dtype, device=device) for size in widths)
+    plain = Call(
+        query, key, value, bias, None, None, None, bottom_right=False, scale=scale, dropout_p=0.0, deterministic=False,
+        return_lse=False,
+    )  # fmt: skip
+    return replace(plain, **changes)
+
+
+class TestUnsupported:
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {},
+            {"dtype": torch.float16},
+            {"head_dim": 8},
+            {"head_dim": 128, "head_dim_v": 40},
+            {"n": 17, "m": 1},
+            {"m": 100_000},
+            {"window_left": 3, "window_right": 0, "bottom_right": True},
+            {"return_lse": True},
+        ],
+        ids=str,
+    )
+    def test_what_they_can_do(self, changes: dict[str, Any]) -> None:
+        assert hopper.unsupported(call(**changes)) is None
+
+    @pytest.mark.parametrize(("rank", "dtype"), [(1, torch.float32), (256, torch.bfloat16), (85, torch.float32)])
+    def test_ranks_that_fit(self, rank: int, dtype: torch.dtype) -> None:
+        assert hopper.unsupported(call(bias=factors(rank, dtype=dtype))) is None
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"dtype": torch.float32}, "dtype torch.float32"),
+            ({"dtype": torch.float64}, "dtype torch.float64"),
+            ({"device": "cpu"}, "tensors are on cpu"),
+            ({"head_dim": 136}, "head_dim 136"),
+            ({"head_dim": 20}, "head_dim 20"),
+            ({"head_dim_v": 256}, "head_dim_v 256"),
+            ({"head_dim_v": 12}, "head_dim_v 12"),
+            ({"varlen": True}, "packed batches"),
+            ({"attn_mask": True}, "attn_mask"),
+            ({"dropout_p": 0.25}, "dropout_p 0.25"),
+            ({"n": 16}, "16 queries, fewer than 17"),
+        ],
+        ids=str,
+    )
+    def test_what_they_cannot_is_named(self, changes: dict[str, Any], message: str) -> None:
+        if "varlen" in changes:
+            cu = empty(3, dtype=torch.int32)
+            changes = {"varlen": VarlenLayout(cu, cu, 40, 40)}
+        if "attn_mask" in changes:
+            changes = {"attn_mask": empty(64, 64, dtype=torch.bool)}
+        assert message in str(hopper.unsupported(call(**changes)))
+
+    def test_a_table(self) -> None:
+        bias = fb.FactoredBias(empty(2, 64, 0), empty(2, 64, 0), empty(2, 9))
+        assert "table" in str(hopper.unsupported(call(bias=bias)))
+
+    def test_ranks_that_differ_between_heads(self) -> None:
+        assert "ranks" in str(hopper.unsupported(call(bias=factors(7, ranks=[7, 2]))))
+
+    @pytest.mark.parametrize("factor_dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_more_keys_than_one_centre_serves(self, factor_dtype: torch.dtype) -> None:
+        """float32 factors alone are centred."""
+        for m, is_long in ((packing.TILE_CENTRE_FROM, False), (packing.TILE_CENTRE_FROM + 1, True)):
+            reason = hopper.unsupported(call(m=m, bias=factors(4, m=m, dtype=factor_dtype)))
+            if is_long and factor_dtype == torch.float32:
+                assert str(m) in str(reason)
+                assert str(packing.TILE_CENTRE_FROM) in str(reason)
+            else:
+                assert reason is None
+
+    @pytest.mark.parametrize(
+        ("rank", "dtype", "scale"),
+        [(257, torch.bfloat16, 0.125), (129, torch.bfloat16, 0.3), (86, torch.float32, 0.125)],
+    )
+    def test_more_columns_than_fit(self, rank: int, dtype: torch.dtype, scale: float) -> None:
+        """A scale that is no power of two doubles those of bfloat16 factors, float32 ones take three."""
+        reason = str(hopper.unsupported(call(bias=factors(rank, dtype=dtype), scale=scale)))
+        assert f"rank {rank}" in reason
+        assert "512 columns, more than 256" in reason
+
+
+class TestChoice:
+    def tensors(self, device: str = "cpu", n: int = 64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if device == "cpu":
+            query, key, value = torch.randn(3, 1, 2, n, 64).bfloat16()
+        else:
+            query, key, value = (empty(1, 2, n, 64, device=device) for _ in range(3))
+        return query, key, value
+
+    def test_is_listed_first(self) -> None:
+        found = fb.implementations()
+        assert next(iter(found)) == "hopper"
+        assert (found["hopper"] is None) == ON_HOPPER
+
+    def test_explanations_speak_of_it(self) -> None:
+        explanation = fb.explain(*self.tensors())
+        assert explanation.reasons["hopper"] is not None
+        assert f"hopper: {explanation.reasons['hopper']}" in str(explanation)
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+    def test_a_machine_without_a_gpu_says_so(self) -> None:
+        with pytest.raises(NotImplementedError, match=r"impl='hopper'.*no CUDA device.*would take 'sdpa'"):
+            fb.attention(*self.tensors(), impl="hopper")
+        with pytest.raises(NotImplementedError, match=r"impl='hopper'.*no CUDA device"):
+            fb.explain(*self.tensors(), impl="hopper")
+
+    def test_auto_on_the_cpu_is_what_it_was(self) -> None:
+        assert fb.explain(*self.tensors()).impl == "sdpa"
+
+    @pytest.mark.parametrize("is_slower", [False, True])
+    def test_auto_takes_it_where_it_can_and_is_fastest(self, is_slower: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(hopper, "unavailable", lambda: None)
+        monkeypatch.setattr(hopper, "is_slower", lambda call: is_slower)
+        explanation = fb.explain(*self.tensors("cuda"))
+        assert explanation.reasons["hopper"] is None
+        assert (explanation.impl == "hopper") == (not is_slower)
+        assert fb.explain(*self.tensors("cuda"), impl="hopper").impl == "hopper"
+        few = fb.explain(*self.tensors("cuda", n=16))
+        assert few.impl != "hopper"
+        assert "16 queries" in str(few.reasons["hopper"])
+
+    def test_a_named_one_never_falls_back(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(hopper, "unavailable", lambda: None)
+        with pytest.raises(NotImplementedError, match=r"impl='hopper'.*16 queries.*would take"):
+            fb.attention(*self.tensors("cuda", n=16), impl="hopper")

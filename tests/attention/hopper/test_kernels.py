@@ -1,0 +1,436 @@
+"""The Hopper kernels on a Hopper GPU: the common suite, what they alone do, and ten thousand small random problems."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from tests.attention.cases import BOTTOM_RIGHT, CASES, CAUSAL, LSE
+from tests.attention.oracle import (
+    UNIT_ROUNDOFF,
+    Results,
+    assert_close_to_oracle,
+    differentiate,
+    eager,
+    explicit,
+    visible_pairs,
+)
+from tests.attention.problem import LEAVES, Case, Problem
+from tests.attention.suite import AttentionSuite
+
+import flashbias as fb
+
+pytest.importorskip("triton.experimental.gluon", reason="this release of triton has no Gluon")
+
+IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not IS_HOPPER, reason="the GPU is not of compute capability 9.0"),
+]
+
+DEVICE = "cuda"
+HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@pytest.fixture(autouse=True)
+def _fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients come from the fused kernel wherever it can make them, also where others are faster.
+
+    It is not repeatable, while buffers filled with NaN make repeatable gradients the default.
+    """
+    from flashbias.attention.hopper import backward
+
+    attend = Problem.attend
+
+    def unordered(self: Problem, impl: str, leaves: dict[str, torch.Tensor], **options: Any) -> Any:
+        return attend(self, impl, leaves, **{"deterministic": False} | options)
+
+    monkeypatch.setattr(backward, "is_slower", lambda *_: False)
+    monkeypatch.setattr(Problem, "attend", unordered)
+
+
+def refusal(problem: Problem) -> str | None:
+    """Why the kernels cannot do a problem, None if they can."""
+    t = problem.tensors
+    explanation = fb.explain(t["query"], t["key"], t["value"], problem.bias(t), **problem.options)
+    return explanation.reasons["hopper"]
+
+
+def check(problem: Problem) -> None:
+    """Compare output, log-sum-exp and all gradients with the oracle."""
+    leaves = problem.leaves()
+    out, lse = problem.attend("hopper", leaves, return_lse=True)
+    assert_close_to_oracle(problem, differentiate(problem, leaves, out, lse, with_dlse=True), with_dlse=True)
+
+
+# -------------------------------------------------------------------- the common suite
+
+PLAIN = Case("plain", n=40, m=70, heads=2)
+
+
+class TestHopper(AttentionSuite):
+    """The kernels take half precision alone, without tables, masks, dropout and packed batches.
+
+    What the suite asks for in float32 is asked for in bfloat16 here.
+    """
+
+    impl = "hopper"
+    device = DEVICE
+    stretch = 5
+
+    @classmethod
+    def grid(cls) -> list[tuple[Case, str]]:
+        return list(itertools.product(CASES, HALVES))
+
+    def test_output_and_gradients(self, case: Case, dtype: torch.dtype) -> None:
+        """Or the reason why not."""
+        problem = case.stretched(self.stretch).build(dtype, self.device)
+        reason = refusal(problem)
+        if reason is None:
+            super().test_output_and_gradients(case, dtype)
+            return
+        with pytest.raises(NotImplementedError, match=re.escape(reason)):
+            problem.attend(self.impl, problem.leaves())
+
+    @pytest.mark.parametrize(("dtype", "least"), [(torch.bfloat16, 59), (torch.float16, 57)], ids=str)
+    def test_most_cases_are_computed(self, dtype: torch.dtype, least: int) -> None:
+        problems = (case.stretched(self.stretch).build(dtype, self.device) for case in CASES)
+        assert sum(refusal(problem) is None for problem in problems) >= least
+
+    @pytest.mark.parametrize("options", [BOTTOM_RIGHT, BOTTOM_RIGHT | {"window": (9, 2)}], ids=["causal", "window"])
+    def test_rows_without_a_key_are_zero(self, options: dict[str, Any]) -> None:
+        problem = Case("dead", n=170, m=90, options=options).build(torch.bfloat16, self.device)
+        leaves = problem.leaves()
+        keep = visible_pairs(problem)
+        assert keep is not None
+        dead = ~keep.any(-1).expand(2, 2, 170)
+        assert dead.any()
+        assert not dead.all()
+        out, lse = problem.attend(self.impl, leaves, return_lse=True)
+        assert (out[dead] == 0).all()
+        assert torch.equal(lse == -torch.inf, dead)
+        grads = torch.autograd.grad(out, tuple(leaves.values()), problem.dout * dead[..., None])
+        assert all((grad == 0).all() for grad in grads)
+
+    @pytest.mark.parametrize("sizes", [{"batch": (0,)}, {"m": 0}, {"batch": (2, 0)}], ids=["batch", "keys", "windows"])
+    def test_zero_length(self, sizes: dict[str, Any]) -> None:
+        lead = (1,) * len(sizes.get("batch", (2,))) + (2,)
+        problem = replace(Case("empty", n=40, m=70, phi_q=lead[1:], phi_k=lead), **sizes).build(
+            torch.bfloat16, self.device
+        )
+        leaves = problem.leaves()
+        out = problem.attend(self.impl, leaves)
+        assert (out == 0).all()
+        for name, grad in zip(leaves, torch.autograd.grad(out.sum(), tuple(leaves.values())), strict=True):
+            assert grad.shape == leaves[name].shape
+            assert (grad == 0).all(), name
+
+    @pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES)
+    def test_positions_far_from_the_origin(self, dtype: torch.dtype) -> None:
+        super().test_positions_far_from_the_origin(dtype)
+
+    def test_huge_biases_leave_one_key(self) -> None:
+        n = 24
+        query, key, value = (torch.randn(1, 1, n, 16, device=self.device).bfloat16() for _ in range(3))
+        position = torch.arange(float(n), device=self.device)[None, :, None]
+        phi = 100.0 * position
+        favoured = fb.FactoredBias(
+            torch.cat([phi, torch.full_like(phi, -5000.0)], -1), torch.cat([phi, position**2], -1)
+        )
+        out = fb.attention(query, key, value, favoured, impl=self.impl)
+        # The largest score, 7.6e6 in units of log 2, is rounded to 0.5 before it is subtracted, in one multiply-add. So
+        # the one weight is no exact 1, and in bfloat16 no longer what the sum of weights has in float32.
+        torch.testing.assert_close(out, value, rtol=2**-7, atol=0.0)
+
+    @pytest.mark.parametrize(
+        "wanted",
+        [("phi_q", "phi_k"), ("phi_q",), ("phi_k",), ("query",), ("key",), ("value",), ("query", "phi_k")],
+        ids="-".join,
+    )
+    @pytest.mark.parametrize("head_dim", [16, 64, 128])
+    def test_only_some_need_a_gradient(self, head_dim: int, wanted: tuple[str, ...]) -> None:
+        case = Case("some", n=130, m=150, head_dim=head_dim, phi_q=(2, 1), phi_k=(1, 2))
+        problem = case.build(torch.bfloat16, self.device)
+        leaves = problem.leaves(wanted)
+        results = differentiate(problem, leaves, problem.attend(self.impl, leaves), None, False)
+        assert set(results.names()) == {"out"} | {f"d{name}" for name in wanted}
+        assert_close_to_oracle(problem, results)
+
+    def test_arguments_are_left_alone(self) -> None:
+        problem = replace(PLAIN, n=130).build(torch.bfloat16, self.device)
+        before = {name: x.clone() for name, x in problem.tensors.items()}
+        problem.attend(self.impl, problem.leaves()).sum().backward()
+        assert all(torch.equal(before[name], x) for name, x in problem.tensors.items())
+
+    def test_lse_alone_is_differentiable(self) -> None:
+        problem = replace(PLAIN, n=130).build(torch.bfloat16, self.device)
+        problem.dout.zero_()
+        check(problem)
+
+    @pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES)
+    def test_deterministic_twice(self, dtype: torch.dtype) -> None:  # type: ignore[override]
+        """Bit for bit, for factors shared by a batch and grouped queries, and for a key range that is cut."""
+        for case in (
+            Case("twice", n=190, m=230, heads=2, kv_heads=1, head_dim=24, phi_q=(2, 1), phi_k=(1, 2), rank=7),
+            Case("cut", n=200, m=3000, batch=(1,), heads=1, head_dim=16),
+        ):
+            problem = case.build(dtype, self.device)
+
+            def once(problem: Problem = problem) -> list[torch.Tensor]:
+                leaves = problem.leaves()
+                out = problem.attend(self.impl, leaves, deterministic=True)
+                return [out, *torch.autograd.grad(out, tuple(leaves.values()), problem.dout)]
+
+            assert all(torch.equal(a, b) for a, b in zip(once(), once(), strict=True)), str(case)
+
+    def test_what_is_unsupported_raises(self) -> None:
+        for changes, dtype, message in (
+            ({}, torch.float32, "float32"),
+            ({}, torch.float64, "float64"),
+            ({"head_dim": 136}, torch.bfloat16, "head_dim 136"),
+            ({"head_dim_v": 12}, torch.bfloat16, "head_dim_v 12"),
+            ({"mask": "padding"}, torch.bfloat16, "attn_mask"),
+            ({"table": 9}, torch.bfloat16, "table"),
+        ):
+            problem = replace(PLAIN, **changes).build(dtype, self.device)
+            with pytest.raises(NotImplementedError, match=rf"impl='hopper'.*{message}.*would take"):
+                problem.attend(self.impl, problem.leaves())
+
+    def test_no_second_derivative(self) -> None:
+        problem = PLAIN.build(torch.bfloat16, self.device)
+        leaves = problem.leaves()
+        loss = problem.attend(self.impl, leaves).float().pow(2).sum()
+        (grad,) = torch.autograd.grad(loss, leaves["query"], create_graph=True)
+        with pytest.raises(NotImplementedError, match="impl='reference'"):
+            torch.autograd.grad(grad.sum(), leaves["query"])
+
+    def test_no_dropout_is_no_dropout(self) -> None:
+        problem = PLAIN.build(torch.bfloat16, self.device)
+        leaves = problem.leaves()
+        assert torch.equal(problem.attend(self.impl, leaves, dropout_p=0.0), problem.attend(self.impl, leaves))
+        with pytest.raises(NotImplementedError, match=r"impl='hopper'.*dropout_p 0.5"):
+            problem.attend(self.impl, leaves, dropout_p=0.5)
+
+    def test_packed_batches_raise(self) -> None:
+        q, k, v = (torch.randn(40, 2, 16, device=self.device).bfloat16() for _ in range(3))
+        cu = torch.tensor([0, 7, 40], dtype=torch.int32, device=self.device)
+        with pytest.raises(NotImplementedError, match=r"impl='hopper'.*packed batches"):
+            fb.varlen_attention(q, k, v, cu, cu, impl=self.impl)
+
+    # What the suite asks for beyond that, in float32, needs dropout or packed batches.
+    test_what_is_supported_works = None  # type: ignore[assignment]
+    test_dropout_keeps_its_share = None  # type: ignore[assignment]
+    test_dropout_gradients_know_what_was_dropped = None  # type: ignore[assignment]
+    test_varlen_is_attention_of_each_sequence = None  # type: ignore[assignment]
+    test_varlen_does_not_leak = None  # type: ignore[assignment]
+
+
+# -------------------------------------------------------------------- what these kernels alone do
+
+
+class TestTiles:
+    @pytest.fixture(autouse=True)
+    def _buffers(self, nan_filled_buffers: None) -> None:
+        """NaN in every buffer, that of partial results included."""
+
+    @pytest.mark.parametrize("m", [1, 63, 64, 65, 127, 128, 129, 191, 192, 193, 256, 320, 384])
+    @pytest.mark.parametrize("head_dim", [16, 64, 128])
+    def test_every_end_of_the_keys(self, head_dim: int, m: int) -> None:
+        check(Case("end", n=100, m=m, head_dim=head_dim, batch=(1,)).build(torch.bfloat16, DEVICE))
+
+    @pytest.mark.parametrize("n", [17, 63, 64, 65, 127, 128, 129, 191, 192, 193, 385])
+    def test_every_end_of_the_queries(self, n: int) -> None:
+        check(Case("end", n=n, m=130, head_dim=64, batch=(1,)).build(torch.bfloat16, DEVICE))
+
+    @pytest.mark.parametrize("head_dim", [16, 64, 128])
+    def test_cut_key_ranges_are_joined(self, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        from flashbias.attention.hopper import forward
+
+        cuts: list[int] = []
+        original = forward.join
+
+        def spy(schedule: Any, *rest: Any) -> None:
+            cuts.append(schedule.parts)
+            original(schedule, *rest)
+
+        monkeypatch.setattr(forward, "join", spy)
+        check(Case("cut", n=200, m=3000, batch=(1,), heads=1, head_dim=head_dim).build(torch.bfloat16, DEVICE))
+        assert len(cuts) == 1
+        assert cuts[0] > 1
+
+    @pytest.mark.parametrize("options", [{}, CAUSAL, CAUSAL | {"window": (200, None)}], ids=["full", "causal", "band"])
+    @pytest.mark.parametrize("head_dim", [16, 64, 128])
+    def test_programs_take_many_tiles(self, head_dim: int, options: dict[str, Any]) -> None:
+        """More tiles than a GPU has multiprocessors, some programs with one more than others."""
+        case = Case("many", n=700, batch=(3,), heads=24, head_dim=head_dim, phi_q=(24,), phi_k=(1,), options=options)
+        check(case.build(torch.bfloat16, DEVICE))
+
+    @pytest.mark.parametrize("layout", ["transposed", "sliced", "columns", "expanded"])
+    @pytest.mark.parametrize("head_dim", [8, 24, 64])
+    def test_strides(self, head_dim: int, layout: str) -> None:
+        check(Case("strides", n=100, m=130, head_dim=head_dim, layout=layout).build(torch.bfloat16, DEVICE))
+
+    @pytest.mark.parametrize("phi_k", [(2, 1), (1, 1), (1, 4), (2, 4)], ids=str)
+    def test_grouped_queries(self, phi_k: tuple[int, int]) -> None:
+        """With factors that a group shares or not."""
+        case = Case("gqa", n=130, m=150, heads=4, kv_heads=2, phi_q=(2, 4), phi_k=phi_k, options=BOTTOM_RIGHT | LSE)
+        check(case.build(torch.bfloat16, DEVICE))
+
+
+# -------------------------------------------------------------------- random shapes
+
+PROBLEMS = 10_000
+SHARES = 8
+SEED = 20_260
+WIDTHS = [(16, 16), (32, 32), (64, 64), (128, 128), (32, 64), (128, 64)]
+BANDS = ["none", "whole tiles", "causal", "window"]
+RANKS = [0, 4, 16, 1, 9]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is compiled: everything else of a problem is free."""
+
+    index: int
+    width: int
+    width_v: int
+    band: str
+
+    @property
+    def rank(self) -> int:
+        return RANKS[self.index % len(RANKS)]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float16 if self.index % 3 == 2 else torch.bfloat16
+
+    @property
+    def same_dtype(self) -> bool:
+        """Of factors and queries."""
+        return self.index // 3 % 2 == 0
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """Leaves with gradients; beside float16 queries other kernels make those of factors."""
+        choices = [("phi_q", "phi_k"), ("phi_q",), ("phi_k",), ()]
+        factors = () if self.dtype == torch.float16 or not self.rank else choices[self.index % 4]
+        return ("query", "key", "value", *factors)
+
+    def draw(self, rng: random.Random) -> Case:
+        """A problem of this kind."""
+        heads, kv_heads = rng.choice([(1, None), (2, None), (3, None), (4, 2), (4, 1), (2, 1)])
+        batch = rng.choice([(1,), (2,), (3,), (2, 2)])
+        m = rng.choice([64, 128, 192]) if self.band == "whole tiles" else rng.randint(17, 200)
+        if self.band != "whole tiles" and m % 64 == 0:
+            m += 1
+        return Case(
+            f"{self.index}", batch=batch, heads=heads, kv_heads=kv_heads, n=rng.randint(17, 200), m=m,
+            head_dim=self.narrower(self.width, rng), head_dim_v=self.narrower(self.width_v, rng), rank=self.rank,
+            phi_q=self.lead(batch, heads, rng), phi_k=self.lead(batch, heads, rng), same_dtype=self.same_dtype,
+            layout=rng.choice(["contiguous", "contiguous", "transposed", "sliced", "expanded"]),
+            options=self.options(rng),
+        )  # fmt: skip
+
+    @staticmethod
+    def narrower(width: int, rng: random.Random) -> int:
+        """A multiple of 8 that is held in as many columns."""
+        return rng.randrange(8 if width == 16 else width // 2 + 8, width + 1, 8)
+
+    @staticmethod
+    def lead(batch: tuple[int, ...], heads: int, rng: random.Random) -> tuple[int, ...]:
+        """Leading sizes of a factor, some of them shared."""
+        return tuple(rng.choice([1, size]) for size in (*batch, heads))
+
+    def options(self, rng: random.Random) -> dict[str, Any]:
+        if self.band in ("none", "whole tiles"):
+            return {}
+        alignment = {"causal_alignment": rng.choice(["top_left", "bottom_right"])}
+        if self.band == "causal":
+            return {"is_causal": True} | alignment
+        left = rng.randint(0, 120)
+        # Every other width has no right side, so that a left one alone is compiled too.
+        return {"window": (left, None if self.index % 8 == 3 else rng.randint(0, 120))} | alignment
+
+
+KINDS = [Kind(index, *widths, band) for index, (widths, band) in enumerate(itertools.product(WIDTHS, BANDS))]
+
+
+class ElsewhereError(Exception):
+    """Gradients that the fused kernel does not make."""
+
+
+@pytest.fixture
+def no_portable_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the portable kernels are tested with them; here they would compile for each shape anew."""
+    from flashbias.attention.hopper import backward
+
+    def elsewhere(*_: Any) -> None:
+        raise ElsewhereError
+
+    monkeypatch.setattr(backward.portable, "launch", elsewhere)
+
+
+def run(problem: Problem, wanted: tuple[str, ...], with_dlse: bool) -> tuple[Results, bool]:
+    """Output, log-sum-exp and the gradients wanted; whether the fused kernel makes these."""
+    leaves = problem.leaves(wanted)
+    out, lse = problem.attend("hopper", leaves, return_lse=True)
+    try:
+        return differentiate(problem, leaves, out, lse, with_dlse), True
+    except ElsewhereError:
+        return Results({"out": out.detach(), "lse": lse.detach()}), False
+
+
+def is_plainly_close(problem: Problem, results: Results, with_dlse: bool) -> bool:
+    """Whether results are within the first two terms of the oracle's bound, at a tenth of its cost."""
+    exact_leaves = {name: x.detach().double().requires_grad_(name in LEAVES) for name, x in problem.tensors.items()}
+    exact = differentiate(problem, exact_leaves, *explicit(problem, exact_leaves, torch.float64), with_dlse)
+    yardstick = eager(problem, with_dlse)
+    verdicts = []
+    for name in results.names():
+        found, right = results[name].double(), exact[name]
+        infinite = right.isinf()
+        error, allowed, size = (
+            torch.where(infinite, 0.0, x).norm() for x in (found - right, yardstick[name].double() - right, right)
+        )
+        u = UNIT_ROUNDOFF[torch.float32 if name == "lse" else problem.tensors["query"].dtype]
+        verdicts += [error <= 2 * allowed + 2 * u * size, (found.isinf() == infinite).all()]
+    return bool(torch.stack(verdicts).all())
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("share", range(SHARES))
+def test_random_shapes(share: int, no_portable_gradients: None, capsys: pytest.CaptureFixture[str]) -> None:
+    """Output, log-sum-exp and gradients of ten thousand small problems, without a failure.
+
+    Most of the time is compiling, so the kinds are shared out to tests that can run side by side.
+    """
+    rng = random.Random(SEED + share)
+    kinds = KINDS[share::SHARES]
+    begin, failures, fused, looked_closer = time.monotonic(), [], 0, 0
+    for turn in range(PROBLEMS // SHARES):
+        kind = kinds[turn % len(kinds)]
+        case, with_dlse = kind.draw(rng), rng.random() < 0.5
+        problem = case.build(kind.dtype, DEVICE, seed=turn)
+        results, is_fused = run(problem, kind.wanted, with_dlse)
+        fused += is_fused
+        if not is_plainly_close(problem, results, with_dlse):
+            looked_closer += 1
+            try:
+                assert_close_to_oracle(problem, results, with_dlse)
+            except AssertionError as error:
+                failures.append(f"problem {turn}, {case!r}: {error}")
+        if (turn + 1) % 500 == 0:
+            with capsys.disabled():
+                print(
+                    f"\nshare {share}: {turn + 1} problems, {len(failures)} failures, {looked_closer} looked at "
+                    f"more closely, gradients by the fused kernel in {fused}, {time.monotonic() - begin:.0f} s",
+                    end="", flush=True,
+                )  # fmt: skip
+    assert fused > PROBLEMS // SHARES // 4
+    assert not failures, f"{len(failures)} failures, the first ones:\n" + "\n".join(failures[:5])

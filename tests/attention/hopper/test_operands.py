@@ -1,0 +1,107 @@
+"""Tensors in any memory order reach the copy engine in a form that it can address; checked without a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tests.conftest import INTERPRETED
+
+import flashbias as fb
+from flashbias.attention import registration
+from flashbias.attention.call import Call
+
+pytest.importorskip("triton")
+pytest.importorskip("triton.experimental.gluon", reason="this release of triton has no Gluon")
+if INTERPRETED:
+    pytest.skip("Gluon has no interpreter: TRITON_INTERPRET=1 is set", allow_module_level=True)
+
+from triton.runtime.jit import JITFunction
+
+from flashbias.attention.hopper import backward, forward
+from flashbias.attention.hopper.gluon import TensorDescriptor
+
+BATCH, HEADS, N, D = 2, 3, 96, 32
+
+
+def contiguous(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous()
+
+
+def transposed(x: torch.Tensor) -> torch.Tensor:
+    """`[B, N, H, D]`, as projections leave it."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def fused(x: torch.Tensor) -> torch.Tensor:
+    """A third of a wider row, as one projection for all three leaves it."""
+    return x.repeat(1, 1, 1, 3)[..., D : 2 * D]
+
+
+def odd_rows(x: torch.Tensor) -> torch.Tensor:
+    """Rows at a distance of an odd number of elements."""
+    return torch.cat([x, x[..., :3]], -1)[..., :D]
+
+
+def odd_start(x: torch.Tensor) -> torch.Tensor:
+    """Rows that begin 2 bytes past an aligned address."""
+    return torch.cat([x[..., :1], x, x[..., :7]], -1)[..., 1 : 1 + D]
+
+
+def columns(x: torch.Tensor) -> torch.Tensor:
+    """The last dimension is the slow one."""
+    return x.mT.contiguous().mT
+
+
+def expanded(x: torch.Tensor) -> torch.Tensor:
+    """One batch element for all."""
+    return x[:1].expand(x.shape)
+
+
+def odd_step_of_one(x: torch.Tensor) -> torch.Tensor:
+    """One batch element, at an odd distance from one that is not there."""
+    x = x[:1]
+    return x.as_strided(x.shape, (7, *x.stride()[1:]))
+
+
+LAYOUTS = [contiguous, transposed, fused, odd_rows, odd_start, columns, expanded, odd_step_of_one]
+
+
+@pytest.fixture
+def descriptors(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Descriptors of every Gluon kernel that would be launched."""
+    found: list[Any] = []
+
+    def record(self: JITFunction, *arguments: Any, **options: Any) -> None:
+        if self.is_gluon():
+            found.extend(x for x in arguments if isinstance(x, TensorDescriptor))
+
+    monkeypatch.setattr(JITFunction, "run", record)
+    monkeypatch.setattr(backward, "is_slower", lambda *_: False, raising=False)
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+def test_every_layout_is_addressable(layout: Any, descriptors: list[Any]) -> None:
+    query, key, value, dout = (layout(torch.randn(BATCH, HEADS, N, D).bfloat16()) for _ in range(4))
+    bias = fb.FactoredBias(torch.randn(HEADS, N, 4), torch.randn(1, N, 4))
+    call = Call(
+        query, key, value, bias, None, None, None, bottom_right=False, scale=0.5, dropout_p=0.0, deterministic=False,
+        return_lse=False,
+    )  # fmt: skip
+    arguments = registration.operands(call)
+    out, lse = registration._output_like(query, value), registration._lse_like(query)
+    forward.launch(out, lse, *arguments)
+    for x, right in zip(descriptors, (query, key, value), strict=False):
+        assert torch.equal(x.base, right), "another tensor"
+    assert len(descriptors) == 6
+    needs = (True, True, True, True, True, False)
+    grads = registration._gradients_like((query, key, value, bias.phi_q, bias.phi_k, None), needs)
+    backward.launch(grads, dout, None, out, lse, needs, *arguments)
+    assert len(descriptors) > 6
+    for x in descriptors:
+        steps = [step * x.base.element_size() for step in x.strides[:-1]]
+        assert x.strides[-1] == 1
+        assert x.base.data_ptr() % 16 == 0
+        assert all(step > 0 and step % 16 == 0 for step in steps)
