@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flashbias as fb
-from flashbias.attention import hopper, packing
+from flashbias.attention import hopper, packing, triton
 from flashbias.attention.call import Call, VarlenLayout
 
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -146,14 +146,15 @@ class TestChoice:
 
     @pytest.mark.parametrize("is_slower", [False, True])
     def test_auto_takes_it_where_it_can_and_is_fastest(self, is_slower: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(hopper, "unavailable", lambda: None)
+        for kernels in (hopper, triton):
+            monkeypatch.setattr(kernels, "unavailable", lambda: None)
         monkeypatch.setattr(hopper, "is_slower", lambda call: is_slower)
         explanation = fb.explain(*self.tensors("cuda"))
         assert explanation.reasons["hopper"] is None
-        assert (explanation.impl == "hopper") == (not is_slower)
+        assert explanation.impl == ("triton" if is_slower else "hopper")
         assert fb.explain(*self.tensors("cuda"), impl="hopper").impl == "hopper"
         few = fb.explain(*self.tensors("cuda", n=16))
-        assert few.impl != "hopper"
+        assert few.impl == "triton"
         assert "16 queries" in str(few.reasons["hopper"])
 
     def test_a_named_one_never_falls_back(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,14 @@
 """Backward pass for Hopper: one kernel for all gradients, dq and dphi_q by additions of the copy engine.
 
-A program owns 128 keys, 64 to a warpgroup, and walks over the queries that see them. Scores are held keys by queries:
+A program owns 128 or 192 keys, 64 to a warpgroup, and walks over the queries that see them. Scores are held keys by
+queries:
 
     S^T = k q^T + phi_k phi_q^T     P^T = exp2(S^T scale log2(e) - lse)     dP^T = v dO^T     dS^T = P^T (dP^T - delta)
     dv += P^T dO     dk += dS^T q     dphi_k += dS^T phi_q                  dq += dS k     dphi_q += dS phi_k
 
-P^T and dS^T are operands from registers; dS goes through shared memory, where both warpgroups' keys meet, and each
-warpgroup makes one half of dq: half of its columns, or half of its rows where heads are narrow.
+P^T and dS^T are operands from registers; dS goes through shared memory, for dq. SHARED: there the keys of both
+warpgroups meet, and each makes half of the columns of dq; otherwise each makes the dq of its own keys and waits for
+nobody.
 """
 
 # Gluon is untyped: jitted functions take and return what annotations cannot say.
