@@ -161,3 +161,18 @@ class TestChoice:
         monkeypatch.setattr(hopper, "unavailable", lambda: None)
         with pytest.raises(NotImplementedError, match=r"impl='hopper'.*16 queries.*would take"):
             fb.attention(*self.tensors("cuda", n=16), impl="hopper")
+
+    @pytest.mark.parametrize(
+        ("changes", "expected"),
+        [
+            ({"n": 512, "m": 512}, False),
+            ({"n": 128, "m": 512}, True),
+            ({"n": 512, "m": 512, "bias": factors(16, 512, 512)}, False),
+            ({"n": 512, "m": 512, "bias": factors(100, 512, 512), "scale": 0.1}, True),
+            ({"n": 512, "m": 512, "head_dim": 32, "bias": factors(32, 512, 512), "scale": 0.1}, False),
+            ({"n": 512, "m": 512, "head_dim": 32, "bias": factors(40, 512, 512), "scale": 0.1}, True),
+        ],
+        ids=["plain", "short", "rank 16", "rank 100", "narrow, rank 32", "narrow, rank 40"],
+    )
+    def test_where_it_is_slower(self, changes: dict[str, Any], expected: bool) -> None:
+        assert hopper.is_slower(call(**changes)) == expected

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flashbias.attention import packing, registration
 from flashbias.attention.call import HALF, Call
-from flashbias.attention.hopper.configs import columns_of
+from flashbias.attention.hopper.configs import columns_of, forward_config
 
 __all__ = ["is_slower", "run", "unavailable", "unsupported"]
 
@@ -22,6 +22,9 @@ LONGEST = packing.TILE_CENTRE_FROM
 
 NARROW_HEAD, FEW_COLUMNS = 32, 64
 """Heads so narrow that more packed columns than this cost more than the portable kernels' slower loop."""
+
+FEWEST_KEYS = 64
+"""Keys of a tile; where factors fill the shared memory there is room for fewer, and steps cost more than scores."""
 
 SHORT = 128
 """Queries that do not fill one tile."""
@@ -113,7 +116,9 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
 
 
 def is_slower(call: Call) -> bool:
-    """Whether the portable kernels are expected to be faster, by what was measured on an H200 (docs/kernels.md)."""
-    width = max(call.query.shape[-1], call.value.shape[-1])
-    is_crowded = width <= NARROW_HEAD and _columns(call) > FEW_COLUMNS
-    return is_crowded or call.seqlen_q <= SHORT
+    """Whether the portable kernels should be faster (docs/kernels.md); the limits lie between what was measured."""
+    widths = columns_of(call.query.shape[-1]), columns_of(call.value.shape[-1])
+    columns = _columns(call)
+    is_crowded = max(widths) <= NARROW_HEAD and columns > FEW_COLUMNS
+    is_cramped = forward_config(*widths, columns).block_n < FEWEST_KEYS
+    return is_crowded or is_cramped or call.seqlen_q <= SHORT
