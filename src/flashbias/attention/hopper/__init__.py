@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flashbias.attention import packing, registration
 from flashbias.attention.call import HALF, Call
-from flashbias.attention.hopper.configs import columns_of, forward_config
+from flashbias.attention.hopper.configs import columns_of, forward_config, ready_columns
 
 __all__ = ["is_slower", "run", "unavailable", "unsupported"]
 
@@ -38,13 +38,13 @@ NARROWEST_STEP = 8
 
 def unavailable() -> str | None:
     """What keeps the kernels from running on this machine at all, None if nothing."""
-    if find_spec("triton") is None:
-        return "the package triton is not installed"
     if not torch.cuda.is_available() or torch.version.hip is not None:
         return "no CUDA device"
     major, minor = torch.cuda.get_device_capability()
     if major != 9:
         return f"the GPU has compute capability {major}.{minor}; these kernels are for 9.0"
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
     if find_spec("triton.experimental.gluon") is None:
         return "this release of triton has no Gluon"
     from flashbias.attention.triton import assembler
@@ -99,8 +99,7 @@ def _columns(call: Call) -> int:
     bias = call.bias
     if bias is None or bias.rank == 0:
         return 0
-    products = packing.ready_products(bias.rank, bias.phi_q.dtype, bias.phi_k.dtype, call.scale, call.query.dtype)
-    return columns_of(bias.rank * len(products))
+    return ready_columns(bias.rank, bias.phi_q.dtype, bias.phi_k.dtype, call.scale, call.query.dtype)
 
 
 def run(call: Call) -> tuple[Tensor, Tensor | None]:

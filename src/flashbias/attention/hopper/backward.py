@@ -53,10 +53,10 @@ def launch(
 def chosen(ops: HopperOperands, needs_grad: tuple[bool, ...]) -> BackwardConfig | None:
     """The fused kernel's tile shape, or None where the portable kernels do the call."""
     needs_phi = needs_grad[3] or needs_grad[4]
-    apart = ops.factors is not None and not _is_one_for_each_group(ops)
+    apart = ops.rank > 0 and not _is_one_for_each_group(ops)
     if window.fits(ops, needs_grad) or apart or (needs_phi and ops.q.dtype == torch.float16):
         return None
-    block_g = columns_of(ops.factors.rank) if ops.factors is not None and needs_phi else 0
+    block_g = columns_of(ops.rank) if needs_phi else 0
     if is_slower(ops, block_g):
         return None
     return backward_config(ops.block_d, ops.block_dv, ops.columns, block_g)
@@ -95,7 +95,7 @@ def launch_as(
     lse2, delta = portable.rows_of(ops, dout, dlse, ops.flat(out), lse, block_m)
     dq = torch.zeros_like(ops.q, dtype=torch.float32, memory_format=torch.contiguous_format)
     dk, dv = (_target(ops, grad, x) for grad, x in ((grads[1], ops.k), (grads[2], ops.v)))
-    rank = 0 if factors is None else factors.rank
+    rank = ops.rank
     block_g = columns_of(max(rank, 1))
     dpq = _sums(factors.phi_q, block_g) if factors is not None and need_phi_q else None
     dpk = _sums(factors.phi_k, block_g) if factors is not None and need_phi_k else None

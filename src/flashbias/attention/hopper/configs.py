@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from flashbias.attention import packing
 
 __all__ = [
+    "NARROWEST",
     "ROWS",
     "BackwardConfig",
     "Config",
@@ -12,6 +18,7 @@ __all__ = [
     "columns_of",
     "forward_config",
     "holds_output",
+    "ready_columns",
     "tail_of",
 ]
 
@@ -37,8 +44,25 @@ BARRIERS = 1024
 """Bytes set aside for barriers and alignment."""
 
 
+class Warpgroups:
+    """How many registers the warpgroups of a program have."""
+
+    consumers: int
+    programs: int
+
+    @property
+    def registers(self) -> int:
+        """Registers of a thread that computes; the loading warp leaves them the rest."""
+        return REGISTERS[self.consumers, self.programs]
+
+    @property
+    def maxnreg(self) -> int:
+        """Registers of a thread at the start."""
+        return MAXNREG[self.consumers, self.programs]
+
+
 @dataclass(frozen=True)
-class Config:
+class Config(Warpgroups):
     """Warpgroups that compute, keys of a tile, tiles of keys and of queries in flight, programs on a multiprocessor."""
 
     consumers: int
@@ -51,16 +75,6 @@ class Config:
     def block_m(self) -> int:
         """Queries of a program."""
         return ROWS * self.consumers
-
-    @property
-    def registers(self) -> int:
-        """Registers of a thread that computes; the loading warp leaves them the rest."""
-        return REGISTERS[self.consumers, self.programs]
-
-    @property
-    def maxnreg(self) -> int:
-        """Registers of a thread at the start."""
-        return MAXNREG[self.consumers, self.programs]
 
 
 def forward_config(block_d: int, block_dv: int, block_r: int) -> Config:
@@ -126,8 +140,13 @@ def columns_of(columns: int) -> int:
     return max(NARROWEST, 1 << (columns - 1).bit_length())
 
 
+def ready_columns(rank: int, dtype_q: torch.dtype, dtype_k: torch.dtype, scale: float, dtype: torch.dtype) -> int:
+    """Columns as held of factors that are packed by `packing.ready_products`; arguments as there."""
+    return columns_of(rank * len(packing.ready_products(rank, dtype_q, dtype_k, scale, dtype)))
+
+
 @dataclass(frozen=True)
-class BackwardConfig:
+class BackwardConfig(Warpgroups):
     """Warpgroups that compute, each with 64 keys; queries of a step; steps in flight.
 
     Where heads are wide the warpgroups exchange dS and each makes its columns of dq, so that half as much is added to
@@ -140,20 +159,12 @@ class BackwardConfig:
     stages: int
     is_shared: bool
 
+    programs: ClassVar[int] = 1
+
     @property
     def from_registers(self) -> bool:
         """Whether dS is an operand of dk from registers."""
         return not self.is_shared
-
-    @property
-    def registers(self) -> int:
-        """Registers of a thread that computes; the loading warp leaves them the rest."""
-        return REGISTERS[self.consumers, 1]
-
-    @property
-    def maxnreg(self) -> int:
-        """Registers of a thread at the start."""
-        return MAXNREG[self.consumers, 1]
 
     def dq_columns(self, block_d: int) -> int:
         """Columns of dq that one warpgroup makes."""

@@ -27,7 +27,7 @@ from flashbias.attention.hopper.gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from flashbias.attention.hopper.tiles import ROWS, exp2, own_index, query_tiles, turns_of, unit_of
+from flashbias.attention.hopper.tiles import ROWS, exp2, own_index, place_of, query_tiles, turns_of, unit_of
 from flashbias.attention.triton.primitives import LOG2E
 
 
@@ -104,15 +104,7 @@ def _produce(
 @jit
 def key_tile_of(unit, num_blocks, pairs, heads, kv_heads, IS_BANDED: gl.constexpr):
     """Batch, head of keys and block of keys of a unit; under a causal mask the first blocks are the longest."""
-    if IS_BANDED:
-        first = unit // (heads * num_blocks) * heads
-        within = unit % (heads * num_blocks)
-        heads = gl.minimum(heads, pairs - first)
-        pair = first + within % heads
-        block = within // heads
-    else:
-        pair = unit // num_blocks
-        block = unit % num_blocks
+    pair, block = place_of(unit, num_blocks, pairs, heads, IS_BANDED)
     return pair // kv_heads, pair % kv_heads, block
 
 

@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from flashbias.attention.hopper.configs import ready_columns
 from flashbias.attention.hopper.gluon import TensorDescriptor, gl
 from flashbias.attention.hopper.pack import ReadyFactors
 from flashbias.attention.triton.operands import Operands
@@ -36,7 +37,14 @@ class HopperOperands(Operands):
     @property
     def columns(self) -> int:
         """Packed columns of the factors, 0 without."""
-        return 0 if self.factors is None else self.factors.columns
+        if self.phi_q is None or self.phi_k is None:
+            return 0
+        return ready_columns(self.rank, self.phi_q.dtype, self.phi_k.dtype, self.scale, self.q.dtype)
+
+    @property
+    def rank(self) -> int:
+        """R, 0 without factors."""
+        return 0 if self.phi_q is None else self.phi_q.shape[-1]
 
     @property
     def shift(self) -> int:

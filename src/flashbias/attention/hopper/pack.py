@@ -8,7 +8,7 @@ from torch import Tensor
 from flashbias.attention import packing
 from flashbias.attention.hopper.configs import columns_of
 from flashbias.attention.layout import flatten_heads
-from flashbias.attention.triton.pack import Factors, packed
+from flashbias.attention.triton.pack import Factors, packed_pair
 from flashbias.attention.triton.primitives import READY
 
 __all__ = ["ReadyFactors"]
@@ -29,9 +29,8 @@ class ReadyFactors(Factors):
         terms = packing.ready_products(rank, raw_q.dtype, raw_k.dtype, scale, dtype)
         centre = centred and packing.is_packed(raw_q, raw_k, dtype)
         width = columns_of(rank * len(terms))
-        packed_q = packed(raw_q, scale, [a for a, _ in terms], torch.bfloat16, width, None)
         tile = raw_k.shape[-2] if centre else 0
-        packed_k = packed(raw_k, scale, [b for _, b in terms], torch.bfloat16, width, tile)
+        packed_q, packed_k = packed_pair(raw_q, raw_k, scale, terms, torch.bfloat16, width, tile)
         return cls(
             packed_q.contiguous(), packed_k, raw_q, raw_k, rank, len(terms), width, width, READY.value, False, scale
         )

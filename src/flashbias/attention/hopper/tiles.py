@@ -36,6 +36,18 @@ def unit_of(turn, ALTERNATES: gl.constexpr):
 
 
 @jit
+def place_of(tile, num_blocks, pairs, heads, IS_BANDED: gl.constexpr):
+    """(batch, head) pair of a tile, and its place in the order in which the blocks of a pair are dealt."""
+    if IS_BANDED:
+        first = tile // (heads * num_blocks) * heads
+        within = tile % (heads * num_blocks)
+        heads = gl.minimum(heads, pairs - first)
+        return first + within % heads, within // heads
+    else:
+        return tile // num_blocks, tile % num_blocks
+
+
+@jit
 def tile_of(unit, whole, parts, num_blocks, num_heads, pairs, heads, IS_SPLIT: gl.constexpr, IS_BANDED: gl.constexpr):
     """Batch, head, both in one, block of queries, and part of the keys of a unit; see `schedule.py`."""
     part = unit - whole
@@ -44,16 +56,10 @@ def tile_of(unit, whole, parts, num_blocks, num_heads, pairs, heads, IS_SPLIT: g
         if part >= 0:
             tile = whole + part // parts
             part = part % parts
+    bh, block = place_of(tile, num_blocks, pairs, heads, IS_BANDED)
     if IS_BANDED:
         # Under a causal mask the last blocks are the longest: they go first.
-        first = tile // (heads * num_blocks) * heads
-        within = tile % (heads * num_blocks)
-        heads = gl.minimum(heads, pairs - first)
-        bh = first + within % heads
-        block = num_blocks - 1 - within // heads
-    else:
-        bh = tile // num_blocks
-        block = tile % num_blocks
+        block = num_blocks - 1 - block
     return bh // num_heads, bh % num_heads, bh, block, part
 
 

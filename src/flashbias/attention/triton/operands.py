@@ -35,7 +35,8 @@ class Operands:
     q: Tensor
     k: Tensor
     v: Tensor
-    factors: Factors | None
+    phi_q: Tensor | None
+    phi_k: Tensor | None
     table: Tensor | None
     code_q: Tensor | None
     code_k: Tensor | None
@@ -82,12 +83,11 @@ class Operands:
         bottom_right: bool,
         dropout_p: float,
     ) -> Self:
-        """Flatten and pack; arguments as in the operators' schema."""
+        """Flatten; arguments as in the operators' schema. Factors are packed when they are asked for."""
         full = tuple(query.shape[:-2])
         everyone = Sharing.nothing(math.prod(full))
-        factors, per_head_ranks, sharing_q, sharing_k = None, None, everyone, everyone
+        per_head_ranks, sharing_q, sharing_k = None, everyone, everyone
         if phi_q is not None and phi_k is not None:
-            factors = cls.factors_type.of(phi_q, phi_k, scale, query.dtype, centred=cu_seqlens_q is None)
             sharing_q, sharing_k = _shared(full, phi_q), _shared(full, phi_k)
             if ranks:
                 per_head = list(ranks) * (query.shape[-3] // len(ranks))
@@ -100,7 +100,8 @@ class Operands:
             flattened(query),
             flattened(key),
             flattened(value),
-            factors,
+            phi_q,
+            phi_k,
             None if table is None else table.float().contiguous(),
             None if code_q is None else code_q.to(torch.int32).contiguous(),
             None if code_k is None else code_k.to(torch.int32).contiguous(),
@@ -120,6 +121,13 @@ class Operands:
             bottom_right,
             dropout_p,
         )
+
+    @functools.cached_property
+    def factors(self) -> Factors | None:
+        """The factors as the kernels read them; a call that ends in other kernels never packs them."""
+        if self.phi_q is None or self.phi_k is None:
+            return None
+        return self.factors_type.of(self.phi_q, self.phi_k, self.scale, self.q.dtype, centred=not self.is_varlen)
 
     # ---------------------------------------------------------------- sizes
 

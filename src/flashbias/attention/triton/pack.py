@@ -20,7 +20,7 @@ from flashbias.attention.call import HALF
 from flashbias.attention.layout import flatten_heads
 from flashbias.attention.triton.primitives import EXACT, READY, UNSCALED, centre_of
 
-__all__ = ["Factors", "packed"]
+__all__ = ["Factors", "packed_pair"]
 
 WIDEST_CHUNK = 128
 """Packed columns that a kernel holds at once; wider factors go chunk by chunk."""
@@ -138,9 +138,8 @@ class Factors:
         operand_dtype = torch.bfloat16 if dtype in HALF else torch.float32
         block_r = _block(rank * len(terms), WIDEST_CHUNK if dtype in HALF else WIDEST_CHUNK // 2)
         width = _width(rank * len(terms), block_r, operand_dtype)
-        packed_q = packed(raw_q, scale, [a for a, _ in terms], operand_dtype, width, None)
         tile = packing.CENTRE_TILE if tiled else raw_k.shape[-2] if centred else 0
-        packed_k = packed(raw_k, scale, [b for _, b in terms], operand_dtype, width, tile)
+        packed_q, packed_k = packed_pair(raw_q, raw_k, scale, terms, operand_dtype, width, tile)
         return cls(
             packed_q, packed_k, raw_q, raw_k, rank, len(terms), width, block_r, READY.value, tiled, scale
         )  # fmt: skip
@@ -167,7 +166,21 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def packed(
+def packed_pair(
+    raw_q: Tensor,
+    raw_k: Tensor,
+    scale: float,
+    terms: tuple[tuple[int, int], ...],
+    dtype: torch.dtype,
+    width: int,
+    centre_tile: int,
+) -> tuple[Tensor, Tensor]:
+    """Both sides, in `width` columns; keys that share a centre are `centre_tile`, 0 where none is taken off."""
+    packed_q = _packed(raw_q, scale, [a for a, _ in terms], dtype, width, None)
+    return packed_q, _packed(raw_k, scale, [b for _, b in terms], dtype, width, centre_tile)
+
+
+def _packed(
     x: Tensor, scale: float, parts: list[int], dtype: torch.dtype, width: int, centre_tile: int | None
 ) -> Tensor:
     """`[F, n, width]` of one side; `centre_tile` is None for queries, 0 for keys that are not centred."""
