@@ -21,8 +21,8 @@ from pathlib import Path
 
 from benchmarks.decomposition.certificates import certificates
 from benchmarks.decomposition.cross import KERNELS, cross
-from benchmarks.decomposition.results import RESULTS, ROOT
 from benchmarks.decomposition.swin import swin
+from benchmarks.record import CPU_RESULTS, ROOT
 
 PICTURE = ROOT / "docs" / "images" / "certificates.png"
 
@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     def add(run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
         part = subcommands.add_parser(run.__name__, help=(run.__doc__ or "").splitlines()[0])
         part.set_defaults(run=run)
-        part.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+        part.add_argument("--out", type=Path, default=CPU_RESULTS, help="folder of the results")
         part.add_argument("--threads", type=int, default=2, help="of torch")
         return part
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.decomposition.results import Row, say, write
+from benchmarks.record import Row, say, write
 from torch import Tensor
 
 import flashbias as fb

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from benchmarks.decomposition.mesh import box_diagonal, motorbike, vertices
-from benchmarks.decomposition.results import Row, say, write
+from benchmarks.record import Row, say, write
 from torch import Tensor
 
 import flashbias as fb

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 
 import torch
-from benchmarks.decomposition.results import Row, say, write
+from benchmarks.record import Row, say, write
 from torch import Tensor
 
 import flashbias as fb

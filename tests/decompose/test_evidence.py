@@ -73,13 +73,3 @@ def test_the_motorbike():
     except RuntimeError as reason:
         pytest.skip(str(reason))
     assert mesh.vertices(path).shape == (132_871, 3)
-
-
-@pytest.mark.realdata
-def test_another_file_than_the_pinned_one_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(mesh, "MOTORBIKE_SHA256", "0" * 64)
-    try:
-        with pytest.raises(ValueError, match=r"motorBike.obj.gz has sha256 d0630767"):
-            mesh.packed_motorbike()
-    except RuntimeError as reason:
-        pytest.skip(str(reason))

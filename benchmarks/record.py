@@ -15,12 +15,12 @@ import torch
 from flashbias.bench.environment import describe_environment
 from flashbias.files import whole_file
 
-__all__ = ["RESULTS", "Row", "say", "write"]
+__all__ = ["CPU_RESULTS", "ROOT", "Row", "say", "write"]
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "benchmarks" / "results" / "cpu"
+ROOT = Path(__file__).resolve().parents[1]
+CPU_RESULTS = ROOT / "benchmarks" / "results" / "cpu"
 
-NO_SETTING = ("run", "load", "started", "out", "picture", "obj")
+NO_SETTING = ("run", "load", "started", "out", "picture", "obj", "commit")
 """Arguments that say nothing of what was measured, but where files of this machine are."""
 
 Row = dict[str, object]
@@ -32,11 +32,18 @@ def say(text: str) -> None:
 
 
 def write(arguments: argparse.Namespace, rows: Sequence[Row], summary: Mapping[str, object]) -> None:
-    """`<subcommand>.csv` and `<subcommand>.json`, each written whole."""
+    """`<subcommand>.csv` and `<subcommand>.json`, each written whole.
+
+    Args:
+        arguments: of the command line: `subcommand`, `out`, `threads`, and what is said of the run: `load`, `started`;
+            where there are, `device` (default: the CPU) and `commit`.
+        rows: of the CSV; all have the keys of the first.
+        summary: what the run found, in a few numbers.
+    """
     settings = {name: str(value) for name, value in vars(arguments).items() if name not in NO_SETTING}
-    environment = describe_environment(torch.device("cpu"))
+    device = torch.device(getattr(arguments, "device", "cpu"))
     about = {
-        **environment,
+        **describe_environment(device, getattr(arguments, "commit", None)),
         "cores": os.cpu_count(),
         "threads": arguments.threads,
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY"),
@@ -52,4 +59,4 @@ def write(arguments: argparse.Namespace, rows: Sequence[Row], summary: Mapping[s
     with whole_file(arguments.out / f"{arguments.subcommand}.json") as part:
         part.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n")
     say(json.dumps(dict(summary)))
-    say(f"written: {arguments.out / arguments.subcommand}.csv and .json")
+    say(f"written: {arguments.out.name}/{arguments.subcommand}.csv and .json")
