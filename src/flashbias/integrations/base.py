@@ -7,17 +7,20 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from flashbias.integrations.report import AttentionEntry
 
-__all__ = ["SETTINGS", "Changes", "ExactFamily", "Family", "Options", "Plan", "families_for", "known_class"]
+__all__ = ["SETTINGS", "Changes", "ExactFamily", "Family", "Options", "Plan", "Tables", "families_for", "known_class"]
 
 SETTINGS = "_flashbias"
 """The attribute under which every attention that is changed keeps what its new forward needs."""
+
+Tables = Literal["exact", "factors"]
+"""What learned tables over fixed places become."""
 
 FOLDERS = {
     "flash_abb": "flashbias.integrations.protein",
@@ -34,6 +37,7 @@ class Options:
     tol: float = 1e-3
     impl: str = "auto"
     train_bias: bool = False
+    tables: Tables = "exact"
 
 
 class Changes:
@@ -127,6 +131,10 @@ class Family(ABC):
     def plan(self, name: str, attention: nn.Module, options: Options) -> Plan:
         """Say what becomes of one attention, without changing anything."""
 
+    def plan_within(self, model: nn.Module, name: str, attention: nn.Module, options: Options) -> Plan:
+        """As `plan`, for a family that must see the model around the attention."""
+        return self.plan(name, attention, options)
+
     def is_biased(self, attention: nn.Module) -> bool:
         """Tell whether this attention takes part in a biased model; others of the class are not reported."""
         return True
@@ -152,7 +160,7 @@ class Family(ABC):
         for name, attention in self.found_in(model):
             reason = self._overridden(attention) or self.unsupported(model, attention)
             if reason is None:
-                yield self.plan(name, attention, options)
+                yield self.plan_within(model, name, attention, options)
             else:
                 yield Plan(AttentionEntry(name, self.name, "unsupported", note=reason))
 
@@ -179,7 +187,9 @@ class ExactFamily(Family, register=False):
 
     def plan(self, name: str, attention: nn.Module, options: Options) -> Plan:
         """Replace it by its exact form."""
-        entry = AttentionEntry(name, self.name, "replaced", self.form, self.rank, 0.0)
+        stays = options.tables == "factors" and self.form == "exact table"
+        note = "the number of tokens varies, so the table stays" if stays else ""
+        entry = AttentionEntry(name, self.name, "replaced", self.form, self.rank, 0.0, note)
         return Plan(entry, lambda changes: self.change(attention, options, changes))
 
     @abstractmethod

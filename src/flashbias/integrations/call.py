@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from flashbias.attention import attention
 from flashbias.factored import FactoredBias
 from flashbias.integrations.base import SETTINGS
+from flashbias.integrations.factors import TableFactors
 
 __all__ = ["Settings", "call", "settings_of"]
 
@@ -20,9 +21,11 @@ class Settings:
 
     Args:
         impl: as in `flashbias.attention`.
+        factors: what stands for the attention's learned table; None where it is read as it is.
     """
 
     impl: str
+    factors: TableFactors | None = field(default=None, kw_only=True)
 
 
 def settings_of(module: nn.Module) -> Any:

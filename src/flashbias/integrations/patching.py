@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 from torch import nn
 
 from flashbias.attention import implementations
 from flashbias.decompose.bound import check_tol
-from flashbias.integrations.base import SETTINGS, Changes, Family, Options, Plan, families_for
+from flashbias.integrations.base import SETTINGS, Changes, Family, Options, Plan, Tables, families_for
 from flashbias.integrations.report import PatchReport
 
 __all__ = ["patch", "supports", "unpatch"]
@@ -23,7 +24,14 @@ class _Record:
     changes: Changes
 
 
-def patch(model: nn.Module, *, tol: float = 1e-3, impl: str = "auto", train_bias: bool = False) -> PatchReport:
+def patch(
+    model: nn.Module,
+    *,
+    tol: float = 1e-3,
+    tables: Tables = "exact",
+    impl: str = "auto",
+    train_bias: bool = False,
+) -> PatchReport:
     """Make the biased attention of a model factored, in place.
 
     Formula: in every attention that is replaced, `softmax(scale q k^T + b) v` is computed with b as factors or as a
@@ -38,6 +46,11 @@ def patch(model: nn.Module, *, tol: float = 1e-3, impl: str = "auto", train_bias
         model: a model of a known family, or one that contains some. See the page "Models" for the list.
         tol: how far the output of one attention may move, relative to the diameter of the values that a query sees.
             Exact forms do not use it.
+        tables: what learned tables over fixed places become: Swin's, BEiT's and the like. "exact": tables, which are
+            trained as before. "factors": each is compressed now (well under a second for a window, some seconds for
+            hundreds of tokens) to factors that keep `tol`, if these are predicted to cost less than a dense bias; the
+            others stay exact tables, and the report says why. Factors are constants, for inference: if the table
+            changes afterwards, or would have to be trained, the next forward pass raises.
         impl: as in `flashbias.attention`: "auto", "triton", "sdpa" or "reference".
         train_bias: let the parameters of decomposed biases train as factors. Exact forms need no asking: gradients
             reach the model's own parameters either way.
@@ -48,9 +61,9 @@ def patch(model: nn.Module, *, tol: float = 1e-3, impl: str = "auto", train_bias
     Raises:
         TypeError: `model` is not a module, or `train_bias` not a bool.
         ValueError: no attention of the model carries a bias that is known here, or it is patched already, or
-            `tol` or `impl` is none of what is allowed.
+            `tol`, `tables` or `impl` is none of what is allowed, or `tables="factors"` meets weights without values.
         NotImplementedError: the family is known and this configuration of it is not supported; the message names it.
-            Or `impl` cannot run on this machine.
+            Or `impl` cannot run on this machine. Or `train_bias=True` together with `tables="factors"`.
 
     Supports:
         Training with every gradient of the unpatched model, dropout, gradient checkpointing, padding masks,
@@ -75,7 +88,7 @@ def patch(model: nn.Module, *, tol: float = 1e-3, impl: str = "auto", train_bias
     Reference:
         Wu et al., https://arxiv.org/abs/2505.12044.
     """
-    options = _checked(model, tol, impl, train_bias)
+    options = _checked(model, tol, impl, train_bias, tables)
     _check_not_patched(model)
     planned = _planned(model, options)
     report = _report(model, planned)
@@ -125,12 +138,20 @@ def unpatch(model: nn.Module) -> None:
     del model.__dict__[RECORD]
 
 
-def supports(model: nn.Module, *, tol: float = 1e-3, impl: str = "auto", train_bias: bool = False) -> PatchReport:
+def supports(
+    model: nn.Module,
+    *,
+    tol: float = 1e-3,
+    tables: Tables = "exact",
+    impl: str = "auto",
+    train_bias: bool = False,
+) -> PatchReport:
     """Say what `patch` would do, without changing anything.
 
     Args:
         model: as in `patch`.
         tol: as in `patch`.
+        tables: as in `patch`. "factors" compresses every table, as `patch` does.
         impl: as in `patch`.
         train_bias: as in `patch`.
 
@@ -140,10 +161,10 @@ def supports(model: nn.Module, *, tol: float = 1e-3, impl: str = "auto", train_b
 
     Raises:
         TypeError: as in `patch`.
-        ValueError: the model is patched already, or `tol` or `impl` is none of what is allowed.
-        NotImplementedError: `impl` cannot run on this machine.
+        ValueError: the model is patched already, or `tol`, `tables` or `impl` is none of what is allowed.
+        NotImplementedError: `impl` cannot run on this machine, or `train_bias=True` together with `tables="factors"`.
     """
-    options = _checked(model, tol, impl, train_bias)
+    options = _checked(model, tol, impl, train_bias, tables)
     _check_not_patched(model)
     return _report(model, _planned(model, options))
 
@@ -169,16 +190,23 @@ def _names(families: list[Family]) -> str:
 # -------------------------------------------------------------------- checks
 
 
-def _checked(model: nn.Module, tol: float, impl: str, train_bias: bool) -> Options:
+def _checked(model: nn.Module, tol: float, impl: str, train_bias: bool, tables: Tables) -> Options:
     _check_module(model)
     if not isinstance(train_bias, bool):
         raise TypeError(f"train_bias must be a bool, got {train_bias!r}")
+    if tables not in get_args(Tables):
+        raise ValueError(f"tables must be 'exact' or 'factors', got {tables!r}")
+    if train_bias and tables == "factors":
+        raise NotImplementedError(
+            "train_bias=True together with tables='factors': factors of a table are constants; "
+            "tables='exact' trains the model's own tables"
+        )
     known = implementations()
     if impl != "auto" and impl not in known:
         raise ValueError(f"impl must be 'auto' or one of {sorted(known)}, got {impl!r}")
     if impl != "auto" and known[impl] is not None:
         raise NotImplementedError(f"impl={impl!r} cannot run on this machine: {known[impl]}")
-    return Options(check_tol(tol), impl, train_bias)
+    return Options(check_tol(tol), impl, train_bias, tables)
 
 
 def _check_module(model: nn.Module) -> None:

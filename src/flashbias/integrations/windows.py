@@ -8,7 +8,7 @@ by all heads and images.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,13 +23,14 @@ from flashbias.integrations.call import Settings, call, settings_of
 
 __all__ = [
     "LatestWindow",
+    "OffsetTable",
     "Window",
     "WindowSettings",
     "attend_in_windows",
+    "bias_of",
     "cosine_operands",
     "sigmoid_table",
     "split_heads",
-    "window_bias",
 ]
 
 REGIONS = 4
@@ -92,6 +93,30 @@ class LatestWindow:
         return window
 
 
+@dataclass(frozen=True)
+class OffsetTable:
+    """A model's own table over the offsets in a window.
+
+    Args:
+        weight: `[offsets, H]`, query minus key in row-major order; three more rows where there is a class token.
+        window: height and width, in tokens.
+        class_token: a class token stands before the others.
+    """
+
+    weight: Tensor
+    window: Sequence[int]
+    class_token: bool = False
+
+    def bias(self, latest: LatestWindow | None = None) -> FactoredBias:
+        """Read it, as `Window.bias` does.
+
+        Args:
+            latest: keeps the window for the next time.
+        """
+        height, width = self.window
+        return (latest or LatestWindow()).of((height, width), self.class_token).bias(self.weight)
+
+
 @dataclass
 class WindowSettings(Settings):
     """Settings of an attention with a table over windows.
@@ -103,22 +128,22 @@ class WindowSettings(Settings):
     latest: LatestWindow = field(default_factory=LatestWindow)
 
 
-def window_bias(module: nn.Module, weight: Tensor, window: Sequence[int], class_token: bool = False) -> FactoredBias:
-    """Read a table of offsets.
+def bias_of(
+    module: nn.Module, device: torch.device, exact: Callable[[LatestWindow], FactoredBias | None]
+) -> FactoredBias | None:
+    """The bias of a patched attention: the factors that stand for its table, or else its exact form.
 
     Args:
-        module: the attention, patched, with `WindowSettings`.
-        weight: `[offsets, H]`, query minus key in row-major order; three more rows where there is a class token.
-        window: height and width, in tokens.
-        class_token: a class token stands before the others.
+        module: the attention, with `WindowSettings`.
+        device: where its queries live.
+        exact: makes the exact form; called only where it is needed.
 
-    Returns:
-        As `Window.bias`.
+    Raises:
+        RuntimeError: as `TableFactors.current`.
     """
     settings = settings_of(module)
     assert isinstance(settings, WindowSettings)
-    height, width = window
-    return settings.latest.of((height, width), class_token).bias(weight)
+    return exact(settings.latest) if settings.factors is None else settings.factors.current(module, device)
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
@@ -131,8 +156,7 @@ def attend_in_windows(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    weight: Tensor,
-    window: Sequence[int],
+    table: Callable[[], OffsetTable],
     mask: Tensor | None,
     *,
     penalty: float,
@@ -146,8 +170,7 @@ def attend_in_windows(
         query: `[images * windows, H, N, head_dim]`.
         key: likewise.
         value: likewise.
-        weight: the table of offsets, `[offsets, H]`.
-        window: height and width of the windows, in tokens.
+        table: makes the table of offsets; called only where factors do not stand for it.
         mask: the regions `[windows, N]` that the patched layer made, or None.
         penalty: what the model takes off the score of a pair from two regions.
         scale: factor of the dot products.
@@ -159,7 +182,8 @@ def attend_in_windows(
     Raises:
         ValueError: `mask` comes from somewhere else.
     """
-    bias = window_bias(module, weight, window)
+    bias = bias_of(module, query.device, lambda latest: table().bias(latest))
+    assert bias is not None, "every window has a table"
     if mask is not None:
         if mask.dim() != 2:
             raise ValueError(

@@ -1,10 +1,9 @@
-"""`TimmFamily`: known versions of timm, how a replaced forward begins and ends, what a shared bias becomes."""
+"""`TimmFamily`: known versions of timm, how a table is read, how a replaced forward begins and ends."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -12,40 +11,34 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from flashbias.integrations.base import SETTINGS, Changes, ExactFamily, Options
-from flashbias.integrations.windows import WindowSettings
+from flashbias.factored import FactoredBias
+from flashbias.integrations.base import SETTINGS, Changes, Options
+from flashbias.integrations.factors import sources_below
+from flashbias.integrations.tables import StaticTable, TableFamily
+from flashbias.integrations.windows import LatestWindow, WindowSettings
 
-__all__ = ["OffsetTable", "TimmFamily", "finish", "query_key_value"]
+__all__ = ["TimmFamily", "finish", "query_key_value"]
 
 OLDEST = (1, 0, 31)
 """Before, some models counted offsets otherwise: LeViT in oblong images, class tokens beside relative positions."""
 
 
-@dataclass(frozen=True)
-class OffsetTable:
-    """What a module of relative positions hands out in place of its N×M bias.
-
-    Args:
-        weight: `[offsets, H]`, with three more rows where there is a class token.
-        window: height and width, in tokens.
-        class_token: a class token stands before the others.
-    """
-
-    weight: Tensor
-    window: Sequence[int]
-    class_token: bool
-
-
-class TimmFamily(ExactFamily, register=False):
+class TimmFamily(TableFamily, register=False):
     """A family with tables over windows, whose attentions compute everything in their own forward.
 
     Attributes:
         forward: what takes the place of an attention's forward, with the attention before its arguments.
+        exact_bias: the bias of an attention as a table, given how tables were read last.
+        made_of: paths, from the attention, of what makes the table.
     """
 
     forward: ClassVar[Callable[..., Any]]
-    form = "exact table"
-    rank = 0
+    exact_bias: ClassVar[Callable[[Any, LatestWindow], FactoredBias]]
+    made_of: ClassVar[tuple[str, ...]]
+
+    def static_table(self, model: nn.Module, attention: Any) -> StaticTable:
+        """Read the table of one attention."""
+        return StaticTable(type(self).exact_bias(attention, LatestWindow()), sources_below(attention, self.made_of))
 
     def unsupported(self, model: nn.Module, attention: nn.Module) -> str | None:
         """Name a version that is too old."""

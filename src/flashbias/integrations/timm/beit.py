@@ -15,11 +15,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flashbias.factored import FactoredBias
 from flashbias.integrations.base import Changes, known_class
 from flashbias.integrations.call import call
-from flashbias.integrations.timm.base import OffsetTable, TimmFamily, finish, query_key_value
-from flashbias.integrations.windows import window_bias
+from flashbias.integrations.factors import sources_below
+from flashbias.integrations.tables import StaticTable
+from flashbias.integrations.timm.base import TimmFamily, finish, query_key_value
+from flashbias.integrations.windows import OffsetTable, bias_of
 
 __all__ = ["Beit"]
 
@@ -30,31 +31,38 @@ SHARED = (f"{FILE}.RelativePositionBias",)
 def forward(attention: Any, x: Tensor, shared_rel_pos_bias: OffsetTable | None = None) -> Tensor:
     """`Attention.forward` with the table of the block, of the model, or both."""
     query, key, value = query_key_value(attention, x)
-    bias = bias_of(attention, shared_rel_pos_bias)
+    table = table_of(attention, checked(shared_rel_pos_bias))
+    bias = bias_of(attention, x.device, lambda latest: None if table is None else table.bias(latest))
     out = call(attention, query, key, value, bias, scale=attention.scale, dropout_p=attention.attn_drop.p)
     return finish(attention, out.flatten(-2))
 
 
-def bias_of(attention: Any, shared: OffsetTable | None) -> FactoredBias | None:
-    """The bias of a block.
-
-    Args:
-        attention: has a `relative_position_bias_table`, or None for one.
-        shared: the table of all blocks, or None.
+def checked(shared: OffsetTable | None) -> OffsetTable | None:
+    """What a patched model hands to its blocks.
 
     Raises:
         ValueError: `shared` comes from somewhere else.
     """
-    if not isinstance(shared, OffsetTable | None):
-        raise ValueError(
-            f"shared_rel_pos_bias must come from a patched model, got {type(shared).__name__}; "
-            "call the model, not one of its blocks"
-        )
+    if isinstance(shared, OffsetTable | None):
+        return shared
+    raise ValueError(
+        f"shared_rel_pos_bias must come from a patched model, got {type(shared).__name__}; "
+        "call the model, not one of its blocks"
+    )
+
+
+def table_of(attention: Any, shared: OffsetTable | None) -> OffsetTable | None:
+    """The table of a block.
+
+    Args:
+        attention: has a `relative_position_bias_table`, or None for one.
+        shared: the table of all blocks, or None.
+    """
     own = attention.relative_position_bias_table
     if shared is None:
-        return None if own is None else window_bias(attention, own, attention.window_size, class_token=True)
+        return None if own is None else OffsetTable(own, attention.window_size, class_token=True)
     weight = shared.weight if own is None else own + shared.weight
-    return window_bias(attention, weight, shared.window, class_token=True)
+    return OffsetTable(weight, shared.window, class_token=True)
 
 
 def shared_table(module: Any) -> OffsetTable:
@@ -83,6 +91,15 @@ class Beit(TimmFamily):
             if cls is not None and type(module).forward is not cls.forward:
                 return f"{type(module).__name__} overrides the forward of {cls.__name__}"
         return super().unsupported(model, attention)
+
+    def static_table(self, model: nn.Module, attention: Any) -> StaticTable:
+        """Read the table of one block, and of the model."""
+        shared = next((module for module in model.modules() if known_class(module, SHARED) is not None), None)
+        table = table_of(attention, None if shared is None else shared_table(shared))
+        assert table is not None, "found_in() keeps attentions with a table"
+        modules = [m for m in (attention, shared) if m is not None and m.relative_position_bias_table is not None]
+        sources = [source for module in modules for source in sources_below(module, ["relative_position_bias_table"])]
+        return StaticTable(table.bias(), sources)
 
     def prepare(self, model: nn.Module, changes: Changes) -> None:
         """Let the module that would form the bias of all blocks hand out its table."""

@@ -9,6 +9,7 @@ an attention shrinks the image: its queries are every second token of each axis,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,16 +18,21 @@ from torch import Tensor
 from flashbias.factored import FactoredBias
 from flashbias.integrations.call import call
 from flashbias.integrations.timm.base import TimmFamily
-from flashbias.integrations.windows import window_bias
+from flashbias.integrations.windows import LatestWindow, OffsetTable, bias_of
 
-__all__ = ["LeViT", "LeViTDownsample", "distance_bias"]
+__all__ = ["MADE_OF", "LeViT", "LeViTDownsample", "distance_bias"]
 
 FILE = "timm.models.levit"
 
 
-def distance_bias(attention: Any) -> FactoredBias:
+MADE_OF = ("attention_biases",)
+"""Path of the parameter that makes the table."""
+
+
+def distance_bias(attention: Any, latest: LatestWindow) -> FactoredBias:
     """The bias between all tokens of an attention with `attention_biases` and a `resolution`."""
-    return window_bias(attention, all_offsets(attention.attention_biases, attention.resolution), attention.resolution)
+    window = attention.resolution
+    return OffsetTable(all_offsets(attention.attention_biases, window), window).bias(latest)
 
 
 def all_offsets(weight: Tensor, window: Sequence[int]) -> Tensor:
@@ -47,7 +53,8 @@ def forward(attention: Any, x: Tensor) -> Tensor:
     """`Attention.forward` with its own table."""
     widths = (attention.key_dim, attention.key_dim, attention.val_dim)
     query, key, value = heads_of(attention, attention.qkv(x)).split(widths, dim=-1)
-    out = call(attention, query, key, value, distance_bias(attention), scale=attention.scale, dropout_p=0.0)
+    bias = bias_of(attention, x.device, partial(distance_bias, attention))
+    out = call(attention, query, key, value, bias, scale=attention.scale, dropout_p=0.0)
     return project(attention, out, x.shape[-2:])
 
 
@@ -55,9 +62,14 @@ def forward_downsample(attention: Any, x: Tensor) -> Tensor:
     """`AttentionDownsample.forward` with its own table."""
     key, value = heads_of(attention, attention.kv(x)).split((attention.key_dim, attention.val_dim), dim=-1)
     query = heads_of(attention, attention.q(x))
-    bias = strided(distance_bias(attention), attention.resolution, attention.stride)
+    bias = bias_of(attention, x.device, partial(strided_bias, attention))
     out = call(attention, query, key, value, bias, scale=attention.scale, dropout_p=0.0)
     return project(attention, out, [(side - 1) // attention.stride + 1 for side in x.shape[-2:]])
+
+
+def strided_bias(attention: Any, latest: LatestWindow) -> FactoredBias:
+    """The bias of an attention whose queries are fewer than its keys."""
+    return strided(distance_bias(attention, latest), attention.resolution, attention.stride)
 
 
 def strided(bias: FactoredBias, window: Sequence[int], stride: int) -> FactoredBias:
@@ -87,6 +99,8 @@ class LeViT(TimmFamily):
     name = "LeViT (timm)"
     attentions = (f"{FILE}.Attention",)
     forward = staticmethod(forward)
+    exact_bias = staticmethod(distance_bias)
+    made_of = MADE_OF
 
 
 class LeViTDownsample(TimmFamily):
@@ -95,3 +109,5 @@ class LeViTDownsample(TimmFamily):
     name = "LeViT downsampling (timm)"
     attentions = (f"{FILE}.AttentionDownsample",)
     forward = staticmethod(forward_downsample)
+    exact_bias = staticmethod(strided_bias)
+    made_of = MADE_OF

@@ -18,10 +18,13 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from flashbias.biases.base import wide_dtype
+from flashbias.factored import FactoredBias
 from flashbias.integrations.base import Changes, known_class
 from flashbias.integrations.call import call
-from flashbias.integrations.timm.base import OffsetTable, TimmFamily, finish, query_key_value
-from flashbias.integrations.windows import window_bias
+from flashbias.integrations.factors import sources_below
+from flashbias.integrations.tables import StaticTable
+from flashbias.integrations.timm.base import TimmFamily, finish, query_key_value
+from flashbias.integrations.windows import LatestWindow, OffsetTable, bias_of
 
 __all__ = ["MaxViT", "RelPosViT", "offset_table"]
 
@@ -62,13 +65,17 @@ def attend(attention: Any, query: Tensor, key: Tensor, value: Tensor, shared: Of
     Raises:
         ValueError: `shared` comes from somewhere else.
     """
-    table = shared if attention.rel_pos is None else offset_table(attention.rel_pos)
-    if not isinstance(table, OffsetTable | None):
+    if not isinstance(shared, OffsetTable | None):
         raise ValueError(
-            f"shared_rel_pos must come from a patched model, got {type(table).__name__}; "
+            f"shared_rel_pos must come from a patched model, got {type(shared).__name__}; "
             "call the model, not one of its blocks"
         )
-    bias = None if table is None else window_bias(attention, table.weight, table.window, table.class_token)
+
+    def exact(latest: LatestWindow) -> FactoredBias | None:
+        table = shared if attention.rel_pos is None else offset_table(attention.rel_pos)
+        return None if table is None else table.bias(latest)
+
+    bias = bias_of(attention, query.device, exact)
     out = call(attention, query, key, value, bias, scale=attention.scale, dropout_p=attention.attn_drop.p)
     return out.flatten(-2)
 
@@ -81,6 +88,11 @@ def unknown(rel_pos: Any) -> str | None:
     if any(getattr(kind, method) is not getattr(cls, method) for method in ("forward", "get_bias")):
         return f"{kind.__name__} overrides what makes the bias of {cls.__name__}"
     return None
+
+
+def static_table(rel_pos: Any) -> StaticTable:
+    """Read the table of one of timm's modules of relative positions."""
+    return StaticTable(offset_table(rel_pos).bias(), sources_below(rel_pos, [""]))
 
 
 # -------------------------------------------------------------------- MaxViT and CoAtNet
@@ -112,6 +124,10 @@ class MaxViT(TimmFamily):
 
     name = "MaxViT (timm)"
     attentions = ("timm.models.maxxvit.AttentionCl", CHANNELS_FIRST)
+
+    def static_table(self, model: nn.Module, attention: Any) -> StaticTable:
+        """Read the table of one attention."""
+        return static_table(attention.rel_pos)
 
     def is_biased(self, attention: Any) -> bool:
         """Some attend without relative positions."""
@@ -155,6 +171,10 @@ class RelPosViT(TimmFamily):
         own = () if attention.rel_pos is None else (attention.rel_pos,)
         reasons = (unknown(rel_pos) for rel_pos in (*own, *self._shared_in(model)))
         return next(filter(None, reasons), None) or super().unsupported(model, attention)
+
+    def static_table(self, model: nn.Module, attention: Any) -> StaticTable:
+        """Read the table of one block, or of the model."""
+        return static_table(next(self._shared_in(model)) if attention.rel_pos is None else attention.rel_pos)
 
     def prepare(self, model: nn.Module, changes: Changes) -> None:
         """Let the module that would form the bias of all blocks hand out its table."""

@@ -8,17 +8,29 @@ Exact through a table; in every second block the shift's mask joins it as factor
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+from flashbias.factored import FactoredBias
 from flashbias.integrations.timm.base import finish, query_key_value
 from flashbias.integrations.timm.windows import PENALTY, WindowedFamily
-from flashbias.integrations.windows import attend_in_windows
+from flashbias.integrations.windows import LatestWindow, OffsetTable, attend_in_windows
 
 __all__ = ["Swin"]
 
 FILE = "timm.models.swin_transformer"
+
+
+def table(attention: Any) -> OffsetTable:
+    """The table of an attention."""
+    return OffsetTable(attention.relative_position_bias_table, attention.window_size)
+
+
+def exact_bias(attention: Any, latest: LatestWindow) -> FactoredBias:
+    """The bias of a window that is not shifted."""
+    return table(attention).bias(latest)
 
 
 def forward(attention: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -29,8 +41,7 @@ def forward(attention: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
         query,
         key,
         value,
-        attention.relative_position_bias_table,
-        attention.window_size,
+        partial(table, attention),
         mask,
         penalty=PENALTY,
         scale=attention.scale,
@@ -46,3 +57,5 @@ class Swin(WindowedFamily):
     attentions = (f"{FILE}.WindowAttention",)
     blocks = (f"{FILE}.SwinTransformerBlock",)
     forward = staticmethod(forward)
+    exact_bias = staticmethod(exact_bias)
+    made_of = ("relative_position_bias_table",)

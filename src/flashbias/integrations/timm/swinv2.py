@@ -9,17 +9,30 @@ second block the shift's mask joins it as factors of rank 3 (`biases/regions.py`
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+from flashbias.factored import FactoredBias
 from flashbias.integrations.timm.base import finish, query_key_value
 from flashbias.integrations.timm.windows import PENALTY, WindowedFamily
-from flashbias.integrations.windows import attend_in_windows, cosine_operands, sigmoid_table
+from flashbias.integrations.windows import LatestWindow, OffsetTable, attend_in_windows, cosine_operands, sigmoid_table
 
 __all__ = ["SwinV2"]
 
 FILE = "timm.models.swin_transformer_v2"
+
+
+def table(attention: Any) -> OffsetTable:
+    """The table of an attention's network."""
+    values = attention.cpb_mlp(attention.relative_coords_table)
+    return OffsetTable(sigmoid_table(values), attention.window_size)
+
+
+def exact_bias(attention: Any, latest: LatestWindow) -> FactoredBias:
+    """The bias of a window that is not shifted."""
+    return table(attention).bias(latest)
 
 
 def forward(attention: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -29,8 +42,7 @@ def forward(attention: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
         attention,
         *cosine_operands(query, key, attention.logit_scale),
         value,
-        sigmoid_table(attention.cpb_mlp(attention.relative_coords_table)),
-        attention.window_size,
+        partial(table, attention),
         mask,
         penalty=PENALTY,
         scale=1.0,
@@ -46,3 +58,5 @@ class SwinV2(WindowedFamily):
     attentions = (f"{FILE}.WindowAttention",)
     blocks = (f"{FILE}.SwinTransformerV2Block",)
     forward = staticmethod(forward)
+    exact_bias = staticmethod(exact_bias)
+    made_of = ("cpb_mlp", "relative_coords_table")

@@ -11,6 +11,8 @@ replaced.
 
 from __future__ import annotations
 
+import functools
+from abc import abstractmethod
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -22,16 +24,22 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from flashbias.factored import FactoredBias
 from flashbias.integrations.base import Changes, known_class
+from flashbias.integrations.call import settings_of
+from flashbias.integrations.factors import sources_below
+from flashbias.integrations.tables import StaticTable, TableFamily
 from flashbias.integrations.transformers.attend import attend
 from flashbias.integrations.transformers.base import TransformersFamily
 from flashbias.integrations.transformers.masks import key_mask
 from flashbias.integrations.windows import LatestWindow, Window
 
-__all__ = ["Beit", "PatchFamily", "PositionBias"]
+__all__ = ["Beit", "PatchFamily", "PositionBias", "bias_within"]
 
 FILE = "transformers.models.beit.modeling_beit"
 IMPLEMENTATION = "factored_position_bias"
 """Attention implementation of patched models."""
+
+TABLE = "relative_position_bias_table"
+"""Parameter of the modules that form the bias."""
 
 CLASS_ROWS = 3
 """Rows of a table that belong to the class token; they are the last."""
@@ -75,7 +83,7 @@ class PositionBias:
         return self.window.bias(self.weight)
 
 
-class PatchFamily(TransformersFamily, register=False):
+class PatchFamily(TableFamily, TransformersFamily, register=False):
     """A family that attends to all patches of an image and a class token at once.
 
     Attributes:
@@ -84,8 +92,26 @@ class PatchFamily(TransformersFamily, register=False):
 
     biases: ClassVar[tuple[str, ...]]
     decodes = False
-    form = "exact table"
-    rank = 0
+    factors_note = "for images of the size that the model is made for; exact table for others"
+
+    @abstractmethod
+    def own_bias(self, model: nn.Module, attention: Any) -> nn.Module | None:
+        """The module that forms the bias of one attention, None without one."""
+
+    @abstractmethod
+    def shared_bias(self, stack: Any) -> nn.Module | None:
+        """The module that forms the bias of all attentions of a stack, None without one."""
+
+    def static_table(self, model: nn.Module, attention: Any) -> StaticTable:
+        """Read the table of one attention, for images of the size that the model is made for."""
+        around = [stack for stack in self.stacks_of(model) if any(part is attention for part in stack.modules())]
+        found = (self.own_bias(model, attention), *(self.shared_bias(stack) for stack in around))
+        modules: list[Any] = [module for module in found if module is not None]
+        height, width = size = (int(modules[0].window_size[0]), int(modules[0].window_size[1]))
+        biases = [position_bias(module, LatestWindow(), size, dim_size=height * width + 1) for module in modules]
+        total = functools.reduce(PositionBias.__add__, biases)
+        sources = [source for module in modules for source in sources_below(module, [TABLE])]
+        return StaticTable(total.factored(), sources, size)
 
     def is_biased(self, attention: Any) -> bool:
         """Without either option there are absolute positions alone."""
@@ -116,6 +142,15 @@ class Beit(PatchFamily):
     stacks = (f"{FILE}.BeitModel",)
     biases = (f"{FILE}.BeitRelativePositionBias",)
     implementation = IMPLEMENTATION
+
+    def own_bias(self, model: nn.Module, attention: Any) -> nn.Module | None:
+        """It belongs to the layer around the attention."""
+        layers: list[Any] = [part for part in model.modules() if getattr(part, "attention", None) is attention]
+        return layers[0].relative_position_bias if layers else None
+
+    def shared_bias(self, stack: Any) -> nn.Module | None:
+        """It belongs to the model."""
+        return stack.shared_position_bias
 
 
 def position_bias(
@@ -159,6 +194,20 @@ def stretched(module: Any, size: tuple[int, int]) -> Tensor:
     return torch.cat([grid.permute(0, 2, 3, 1).flatten(0, 2), class_rows])
 
 
+def bias_within(module: nn.Module, position: PositionBias, device: torch.device) -> FactoredBias:
+    """The bias of a patched attention: factors for the size of image that they are for, or else its exact form.
+
+    Args:
+        module: the attention.
+        position: what came through the model.
+        device: where the queries live.
+    """
+    factors = settings_of(module).factors
+    if factors is None or factors.window != position.window.size:
+        return position.factored()
+    return factors.current(module, device)
+
+
 def padding(*args: Any, **kwargs: Any) -> Padding:
     """What transformers gets when it asks for a mask."""
     return Padding(key_mask(*args, **kwargs))
@@ -186,7 +235,7 @@ def factored_attention(
         query,
         key,
         value,
-        attention_mask.factored(),
+        bias_within(module, attention_mask, query.device),
         attention_mask.mask,
         is_causal=False,
         scale=scaling,

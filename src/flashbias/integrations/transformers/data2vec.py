@@ -10,11 +10,11 @@ import math
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from flashbias.integrations.base import Changes, Options
 from flashbias.integrations.transformers.attend import attend
-from flashbias.integrations.transformers.beit import PatchFamily, PositionBias
+from flashbias.integrations.transformers.beit import PatchFamily, PositionBias, bias_within
 from flashbias.integrations.windows import split_heads
 
 __all__ = ["Data2VecVision"]
@@ -29,6 +29,14 @@ class Data2VecVision(PatchFamily):
     attentions = (f"{FILE}SdpaSelfAttention", f"{FILE}SelfAttention")
     stacks = (f"{FILE}Encoder",)
     biases = (f"{FILE}RelativePositionBias",)
+
+    def own_bias(self, model: nn.Module, attention: Any) -> nn.Module | None:
+        """It belongs to the attention."""
+        return attention.relative_position_bias if attention.has_relative_position_bias else None
+
+    def shared_bias(self, stack: Any) -> nn.Module | None:
+        """It belongs to the encoder."""
+        return stack.relative_position_bias if stack.has_relative_position_bias else None
 
     def change(self, attention: Any, options: Options, changes: Changes) -> None:
         """Replace the forward."""
@@ -58,7 +66,7 @@ def forward(
         query,
         key,
         value,
-        None if bias is None else bias.factored(),
+        None if bias is None else bias_within(attention, bias, query.device),
         None,
         is_causal=False,
         scale=1.0 / math.sqrt(attention.attention_head_size),

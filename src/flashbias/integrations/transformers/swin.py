@@ -9,17 +9,24 @@ module's forward is replaced.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from flashbias.integrations.transformers.windows import WindowedFamily
-from flashbias.integrations.windows import attend_in_windows, split_heads
+from flashbias.integrations.windows import OffsetTable, attend_in_windows, split_heads
 
 __all__ = ["Swin"]
 
 FILE = "transformers.models.swin.modeling_swin"
 PENALTY = 100.0
+
+
+def table(attention: Any) -> OffsetTable:
+    """The table of an attention."""
+    position = attention.relative_position_bias
+    return OffsetTable(position.relative_position_bias_table, position.window_size)
 
 
 def forward(
@@ -28,14 +35,12 @@ def forward(
     """`SwinAttention.forward` with its own table."""
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
     query, key, value = (split_heads(project(hidden_states), attention.head_dim) for project in projections)
-    table = attention.relative_position_bias
     out = attend_in_windows(
         attention,
         query,
         key,
         value,
-        table.relative_position_bias_table,
-        table.window_size,
+        partial(table, attention),
         attention_mask,
         penalty=PENALTY,
         scale=attention.scaling,
@@ -52,3 +57,5 @@ class Swin(WindowedFamily):
     stacks = (f"{FILE}.SwinEncoder",)
     layers = (f"{FILE}.SwinLayer",)
     forward = staticmethod(forward)
+    table = staticmethod(table)
+    made_of = ("relative_position_bias.relative_position_bias_table",)

@@ -11,17 +11,24 @@ itself, so the module's forward is replaced.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from flashbias.integrations.transformers.windows import WindowedFamily
-from flashbias.integrations.windows import attend_in_windows, cosine_operands, sigmoid_table, split_heads
+from flashbias.integrations.windows import OffsetTable, attend_in_windows, cosine_operands, sigmoid_table, split_heads
 
 __all__ = ["SwinV2"]
 
 FILE = "transformers.models.swinv2.modeling_swinv2"
 PENALTY = 200.0
+
+
+def table(attention: Any) -> OffsetTable:
+    """The table of an attention's network."""
+    values = attention.continuous_position_bias_mlp(attention.relative_coords_table)
+    return OffsetTable(sigmoid_table(values), attention.window_size)
 
 
 def forward(
@@ -38,8 +45,7 @@ def forward(
         attention,
         *cosine_operands(query, key, attention.logit_scale),
         value,
-        sigmoid_table(attention.continuous_position_bias_mlp(attention.relative_coords_table)),
-        attention.window_size,
+        partial(table, attention),
         attention_mask,
         penalty=PENALTY,
         scale=1.0,
@@ -56,3 +62,5 @@ class SwinV2(WindowedFamily):
     stacks = (f"{FILE}.Swinv2Encoder",)
     layers = (f"{FILE}.Swinv2Layer",)
     forward = staticmethod(forward)
+    table = staticmethod(table)
+    made_of = ("continuous_position_bias_mlp", "relative_coords_table")

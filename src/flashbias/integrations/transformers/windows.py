@@ -11,25 +11,33 @@ from torch import Tensor, nn
 
 from flashbias.biases.regions import shifted_window_regions
 from flashbias.integrations.base import SETTINGS, Changes, Options, known_class
+from flashbias.integrations.factors import sources_below
+from flashbias.integrations.tables import StaticTable, TableFamily
 from flashbias.integrations.transformers.base import TransformersFamily
-from flashbias.integrations.windows import WindowSettings
+from flashbias.integrations.windows import OffsetTable, WindowSettings
 
 __all__ = ["WindowedFamily"]
 
 
-class WindowedFamily(TransformersFamily, register=False):
+class WindowedFamily(TableFamily, TransformersFamily, register=False):
     """A family whose layers cut the image into windows, every second layer after a shift.
 
     Attributes:
         layers: full names of the layers' classes; they make the masks.
         forward: what takes the place of an attention's forward, with the attention before its arguments.
+        table: the table of an attention.
+        made_of: paths, from the attention, of what makes the table.
     """
 
     layers: ClassVar[tuple[str, ...]]
     forward: ClassVar[Callable[..., Any]]
+    table: ClassVar[Callable[[Any], OffsetTable]]
+    made_of: ClassVar[tuple[str, ...]]
     decodes = False
-    form = "exact table"
-    rank = 0
+
+    def static_table(self, model: nn.Module, attention: Any) -> StaticTable:
+        """Read the table of one attention."""
+        return StaticTable(type(self).table(attention).bias(), sources_below(attention, self.made_of))
 
     def unsupported(self, model: nn.Module, attention: nn.Module) -> str | None:
         """Also: a layer that makes other masks."""

@@ -1,0 +1,116 @@
+"""`TableFamily`: families whose bias is a learned table over fixed places, exact as a table or, when asked, as factors.
+
+A table is compressed when the model is patched, as `flashbias.compress` does it: the smallest rank that keeps the
+tolerance, in bfloat16 where that suffices, if it is predicted to cost less than the dense bias. Otherwise it stays an
+exact table. Masks of shifted windows are no part of it: they are exact factors, and are added in the forward pass.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from flashbias.decompose.compress import compress
+from flashbias.decompose.report import NotLowRankError, Report
+from flashbias.decompose.verdict import bound
+from flashbias.factored import FactoredBias
+from flashbias.integrations.base import Changes, ExactFamily, Options, Plan
+from flashbias.integrations.call import settings_of
+from flashbias.integrations.factors import Source, TableFactors
+
+__all__ = ["StaticTable", "TableFamily"]
+
+
+@dataclass(frozen=True)
+class StaticTable:
+    """The bias of one attention, for the places that it is made for.
+
+    Args:
+        bias: exact, as a table.
+        sources: what it was computed from.
+        window: as in `TableFactors`.
+    """
+
+    bias: FactoredBias
+    sources: list[Source]
+    window: tuple[int, int] | None = None
+
+
+class TableFamily(ExactFamily, register=False):
+    """A family with learned tables over fixed places."""
+
+    form = "exact table"
+    rank = 0
+    factors_note: ClassVar[str] = ""
+    """What is worth knowing where the table has become factors."""
+
+    @abstractmethod
+    def static_table(self, model: nn.Module, attention: Any) -> StaticTable:
+        """Read the table of one attention."""
+
+    def plan_within(self, model: nn.Module, name: str, attention: nn.Module, options: Options) -> Plan:
+        """Compress the table if that was asked for."""
+        exact = self.plan(name, attention, options)
+        if options.tables == "exact":
+            return exact
+        with torch.inference_mode(False), torch.no_grad(), _evaluating(model):
+            static = self.static_table(model, attention)
+            for source in static.sources:
+                if source.values.is_meta:
+                    raise ValueError(
+                        f"tables='factors' needs the values of {source.path!r} of {name!r}, which is on the meta "
+                        "device; load the model's weights first"
+                    )
+            try:
+                bias = compress(static.bias.dense(), options.tol, table=None)
+            except NotLowRankError as refusal:
+                return Plan(replace(exact.entry, note=_why_not(refusal.report)), exact.apply)
+        assert isinstance(bias, FactoredBias), "heads of one form only were allowed"
+        assert isinstance(bias.report, Report)
+        entry = replace(
+            exact.entry,
+            form="factors",
+            rank=max(bias.report.ranks),
+            certificate=bias.report.certificate,
+            note=self.factors_note,
+        )
+        factors = TableFactors(bias, static.sources, static.window)
+
+        def apply(changes: Changes) -> None:
+            self.change(attention, options, changes)
+            settings_of(attention).factors = factors
+
+        return Plan(entry, apply)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluate: networks that make a table may have dropout. Only the flags are set, and put back."""
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in before:
+            module.training = False
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def _why_not(report: Report) -> str:
+    """Say in a few words why a table has no factors."""
+    lost = [head for head in report.heads if head.form == "dense"]
+    if report.break_even_rank < 1:
+        return "no factors: not even one column pays"
+    if not lost:
+        return f"no factors: they need rank {max(report.ranks)} and pay up to {report.break_even_rank}"
+    worst = max(lost, key=lambda head: head.certificate)
+    return (
+        f"no factors: up to rank {report.break_even_rank}, where they stop paying, "
+        f"those of head {worst.head} reach {bound(worst.certificate)}"
+    )
