@@ -213,3 +213,14 @@ def test_ranks_may_be_a_tensor() -> None:
     assert bias.rank_mask().tolist() == [[True, False, False], [True, True, True]]
     with pytest.raises(ValueError, match="ranks is None"):
         plain().rank_mask()
+
+
+def test_autocast_does_not_change_the_matrix():
+    position = torch.arange(1000.0)[None, :, None]
+    one = torch.ones_like(position)
+    bias = fb.FactoredBias(torch.cat([one, -position], -1), torch.cat([position, one], -1))
+    expected = position.mT - position
+    assert torch.equal(bias.dense(), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(bias.dense(), expected)
+    assert bias.to("meta").dense().shape == (1, 1000, 1000)

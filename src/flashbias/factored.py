@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -184,6 +185,8 @@ class FactoredBias:
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """Form the N×M matrix. For tests and small sizes only: memory is quadratic.
 
+        `torch.autocast` does not change it: half-precision positions would be off by whole tokens.
+
         Args:
             dtype: dtype to compute and return; default that of the factors.
 
@@ -194,7 +197,8 @@ class FactoredBias:
         phi_q, phi_k = self.phi_q.to(dtype), self.phi_k.to(dtype)
         if self.ranks is not None:
             phi_q = phi_q * self.rank_mask().to(dtype)[:, None, :]
-        out = phi_q @ phi_k.mT
+        with _without_autocast(self.device):
+            out = phi_q @ phi_k.mT
         if self.table is not None:
             out = out + relative_lookup(self.table.to(dtype), *self.codes())
         return out.expand(self.shape)
@@ -314,6 +318,13 @@ class FactoredBias:
 
 
 # -------------------------------------------------------------------- checks
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Products in the dtype of their operands, also inside of `torch.autocast`."""
+    if not torch.amp.is_autocast_available(device.type):  # pyright: ignore[reportAttributeAccessIssue]
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _describe(value: object) -> str:

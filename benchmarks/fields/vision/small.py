@@ -39,10 +39,10 @@ WAYS = {"eager": "as it is", "sdpa": "dense SDPA", "patched": "exact table"}
 class Size:
     """How large model, data and batches are."""
 
-    embed_dim: int = 64
+    embed_dim: int = 96
     depths: tuple[int, ...] = (2, 4)
     heads: tuple[int, ...] = (2, 4)
-    window: int = 14
+    window: int = 7
     batch: int = 512
     train_images: int = 60_000
     test_images: int = 10_000
@@ -50,7 +50,7 @@ class Size:
     tolerances: tuple[float, ...] = TOLERANCES
 
 
-TINY = Size(16, (2, 1), (1, 2), 14, 2, 4, 4, (1,), (0.1,))
+TINY = Size(16, (2, 1), (1, 2), 7, 2, 4, 4, (1,), (0.1,))
 
 
 def small(record: Record) -> None:
@@ -82,8 +82,8 @@ def _first(images: Images, count: int) -> Images:
 
 
 def _model(size: Size) -> Any:
-    """Tokens are pixels: 28 x 28 in the first stage, four windows; 14 x 14 in the second, one window."""
-    shape: dict[str, Any] = {"image_size": PIXELS, "patch_size": 1, "num_channels": 1, "window_size": size.window}
+    """14 x 14 tokens in the first stage, four windows; 7 x 7 in the second, one window."""
+    shape: dict[str, Any] = {"image_size": PIXELS, "patch_size": 2, "num_channels": 1, "window_size": size.window}
     shape |= {"embed_dim": size.embed_dim, "depths": list(size.depths), "num_heads": list(size.heads)}
     shape |= {"num_labels": CLASSES, "drop_path_rate": 0.1}
     return SwinForImageClassification(SwinConfig(**shape))

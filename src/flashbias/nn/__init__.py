@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from flashbias.nn.biased import BiasedSelfAttention
 from flashbias.nn.spatial import SpatialBiasAttention, SpatialTransformerLayer
 
-__all__ = ["SpatialBiasAttention", "SpatialTransformerLayer"]
+__all__ = ["BiasedSelfAttention", "SpatialBiasAttention", "SpatialTransformerLayer"]
