@@ -13,7 +13,7 @@ from flashbias.attention import dense, hopper, redirect, reference, sdpa, triton
 from flashbias.attention.call import HALF, Call, VarlenLayout, empty_output
 from flashbias.attention.groups import attend_by_groups
 from flashbias.attention.plan import Plan, plan_call
-from flashbias.factored import FactoredBias
+from flashbias.factored import FactoredBias, broadcast_shapes
 from flashbias.mixed import MixedBias
 
 __all__ = ["Explanation", "attention", "explain", "implementations", "varlen_attention"]
@@ -422,7 +422,7 @@ def _checked(
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+    batch = broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
     return Call(
         query=query.expand(*batch, *query.shape[-3:]),
         key=key.expand(*batch, *key.shape[-3:]),
@@ -478,7 +478,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) 
         raise ValueError(f"key has {key.shape[-3]} heads and value {value.shape[-3]}; must be equal")
     _check_heads(query.shape[-3], key.shape[-3], enable_gqa)
     try:
-        torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+        broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
     except RuntimeError:
         shapes = {name: tuple(tensor.shape[:-3]) for name, tensor in named.items()}
         raise ValueError(f"batch dimensions {shapes} do not broadcast; each must be equal or 1") from None

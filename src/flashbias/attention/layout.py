@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["Sharing", "flatten_heads", "share", "storable"]
+__all__ = ["Sharing", "cdiv", "flatten_heads", "next_power_of_2", "share", "storable"]
 
 
 @dataclass(frozen=True)
@@ -101,3 +101,16 @@ def storable(x: Tensor, full: tuple[int, ...], trailing: int = 2) -> Tensor:
 def flatten_heads(x: Tensor, trailing: int = 2) -> Tensor:
     """Merge all leading dimensions: `[*own, N, R]` to `[groups, N, R]`; a view where strides allow it."""
     return x.reshape(math.prod(x.shape[: x.dim() - trailing]), *x.shape[x.dim() - trailing :])
+
+
+# Triton has both, as functions for kernels too, which take twenty times as long on the host.
+
+
+def cdiv(a: int, b: int) -> int:
+    """A / b, rounded up: tiles of b that cover a."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n, 1 or more."""
+    return 1 << max(n - 1, 0).bit_length()

@@ -9,7 +9,6 @@ not share, and gradients of factors beside float16 queries, whose precision bflo
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from flashbias.attention.hopper.configs import NARROWEST, ROWS, BackwardConfig, backward_config, columns_of
@@ -23,6 +22,7 @@ from flashbias.attention.hopper.operands import (
     matrix,
 )
 from flashbias.attention.hopper.schedule import Band, Schedule, banded
+from flashbias.attention.layout import cdiv
 from flashbias.attention.triton import backward as portable
 from flashbias.attention.triton import window
 from flashbias.attention.triton.assembler import soundly_assembled
@@ -154,7 +154,7 @@ def schedule_of(config: BackwardConfig, ops: HopperOperands) -> tuple[Schedule, 
         The schedule, tiles of keys of one (batch, head of keys) pair, and how many pairs there are.
     """
     block_n = ROWS * config.consumers
-    blocks, pairs = triton.cdiv(ops.seqlen_k, block_n), ops.batch * (ops.num_heads // ops.group)
+    blocks, pairs = cdiv(ops.seqlen_k, block_n), ops.batch * (ops.num_heads // ops.group)
     programs = multiprocessors(ops.q.device)
     if ops.window_left < 0 and ops.window_right < 0:
         units = blocks * pairs

@@ -7,7 +7,6 @@
 from typing import Any
 
 import torch
-import triton
 
 from flashbias.attention.hopper.configs import Config, forward_config, holds_output, tail_of
 from flashbias.attention.hopper.gluon import (
@@ -34,6 +33,7 @@ from flashbias.attention.hopper.tiles import (
     turns_of,
     unit_of,
 )
+from flashbias.attention.layout import cdiv
 from flashbias.attention.triton.assembler import soundly_assembled
 from flashbias.attention.triton.operands import multiprocessors
 from flashbias.attention.triton.primitives import LN2, LOG2E
@@ -406,7 +406,7 @@ def launch(out: torch.Tensor, lse: torch.Tensor, *arguments: Any) -> None:
 def launch_as(config: Config, ops: HopperOperands, out: torch.Tensor, lse: torch.Tensor) -> None:
     """Launch with a given tile shape."""
     rows, keys, factors = ROWS.value, config.block_n, ops.factors
-    blocks = triton.cdiv(ops.seqlen_q, config.block_m)
+    blocks = cdiv(ops.seqlen_q, config.block_m)
     schedule = schedule_of(config, ops)
     tail = 0 if schedule.is_split or ops.has_edge(0, 1) else tail_of(config, ops.seqlen_k)
     out_flat = ops.flat(out)
@@ -452,10 +452,10 @@ def launch_as(config: Config, ops: HopperOperands, out: torch.Tensor, lse: torch
 
 def schedule_of(config: Config, ops: HopperOperands) -> Schedule:
     """Deal the tiles of a call to the multiprocessors."""
-    blocks = triton.cdiv(ops.seqlen_q, config.block_m)
+    blocks = cdiv(ops.seqlen_q, config.block_m)
     programs = config.programs * multiprocessors(ops.q.device)
     if ops.window_left < 0 and ops.window_right < 0:
-        return unbanded(blocks * ops.num_programs, triton.cdiv(ops.seqlen_k, config.block_n), programs)
+        return unbanded(blocks * ops.num_programs, cdiv(ops.seqlen_k, config.block_n), programs)
     band = Band(ops.shift, ops.window_left, ops.window_right)
     pair_bytes = ops.seqlen_k * (ops.head_dim + ops.head_dim_v) * ops.k.element_size()
     return banded(

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from flashbias.attention.hopper.schedule import Schedule
+from flashbias.attention.layout import next_power_of_2
 
 __all__ = ["join"]
 
@@ -76,7 +77,7 @@ def join(
         out.shape[2],
         out.shape[3],
         BLOCK_M=rows,
-        BLOCK_S=triton.next_power_of_2(schedule.parts),
+        BLOCK_S=next_power_of_2(schedule.parts),
         BLOCK_DV=block_dv,
         CHUNK=CHUNK,
         num_warps=4,

@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from flashbias.attention.layout import Sharing
+from flashbias.attention.layout import Sharing, cdiv, next_power_of_2
 from flashbias.attention.triton import table, window
 from flashbias.attention.triton.assembler import soundly_assembled
 from flashbias.attention.triton.configs import Config, choose
@@ -95,7 +95,7 @@ class Walk:
         """Parts into which the members are split so that programs fill the GPU."""
         if not self.sum_phi or self.sum_own:
             return 1
-        wanted = triton.cdiv(8 * multiprocessors(ops.q.device), blocks * self.sharing.groups)
+        wanted = cdiv(8 * multiprocessors(ops.q.device), blocks * self.sharing.groups)
         return max(1, min(self.sharing.members, wanted))
 
 
@@ -156,9 +156,9 @@ def rows_of(
     Returns:
         The log-sum-exp in units of log 2, and delta, each `[B, H, rows]` in float32.
     """
-    length = triton.cdiv(ops.seqlen_q, multiple) * multiple
+    length = cdiv(ops.seqlen_q, multiple) * multiple
     lse2, delta = (lse.new_empty(*lse.shape[:-1], length) for _ in range(2))
-    blocks = triton.cdiv(length, 64)
+    blocks = cdiv(length, 64)
     _bwd_delta_kernel[(blocks * ops.batch * ops.num_heads,)](
         out,
         dout,
@@ -187,7 +187,7 @@ def _launch_dkdv(
         return
     dk, dv = (ops.flat(g) if g.numel() else torch.empty_like(x) for g, x in ((grads[1], ops.k), (grads[2], ops.v)))
     config = choose("dkdv", ops)
-    blocks = triton.cdiv(ops.max_seqlen_k, config.block_n)
+    blocks = cdiv(ops.max_seqlen_k, config.block_n)
     strides = {f"stride_dk{axis}": dk.stride(n) for n, axis in enumerate("bhn")}
     strides |= {f"stride_dv{axis}": dv.stride(n) for n, axis in enumerate("bhn")}
     for walk in _key_walks(ops, need_dkdv, need_phi):
@@ -207,7 +207,7 @@ def _launch_dq(ops: Operands, grads: list[torch.Tensor], rows: dict[str, Any], n
         return
     dq = ops.flat(grads[0]) if need_dq else ops.q
     config = choose("dq", ops)
-    blocks = triton.cdiv(ops.max_seqlen_q, config.block_m)
+    blocks = cdiv(ops.max_seqlen_q, config.block_m)
     sharing = ops.walk(ops.sharing_q) if need_phi else Sharing.nothing(ops.num_programs)
     walk = Walk(sharing, need_dq, False, need_phi, need_phi and sharing.members > 1)
     strides = {f"stride_dq{axis}": dq.stride(n) for n, axis in enumerate("bhn")}
@@ -254,9 +254,7 @@ def _launch_walk(
         partial = target if exact else grad.new_empty(splits, *target.shape[1:], dtype=torch.float32)
     # A factor that is in registers for the scores serves its gradient too, with columns that are not stored.
     in_registers = factors is not None and factors.chunks == 1 and factors.block_r <= 64 and not ops.needs_two_parts
-    block_g = (
-        factors.block_r if factors is not None and in_registers else min(64, max(16, triton.next_power_of_2(rank)))
-    )
+    block_g = factors.block_r if factors is not None and in_registers else min(64, max(16, next_power_of_2(rank)))
     for first_column in range(0, max(rank, 1), block_g):
         kernel[(blocks * walk.sharing.groups, splits)](
             **ops.tensors(),
@@ -270,7 +268,7 @@ def _launch_walk(
             **dict(zip(("walk_s1", "walk_v2", "walk_s2"), walk.sharing.sizes, strict=True)),
             num_blocks=blocks,
             num_members=walk.sharing.members,
-            members_per_split=triton.cdiv(walk.sharing.members, splits),
+            members_per_split=cdiv(walk.sharing.members, splits),
             first_column=first_column,
             **ops.flags(),
             **own_flags(first_column == 0),

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from flashbias.attention.layout import cdiv, next_power_of_2
 from flashbias.attention.triton.assembler import soundly_assembled
 from flashbias.attention.triton.configs import choose
 from flashbias.attention.triton.operands import Operands
@@ -434,7 +435,7 @@ def launch(out: torch.Tensor, lse: torch.Tensor, *arguments: Any) -> None:
     """Fill `out` and `lse`; the arguments are those that the operators share (`attention/registration.py`)."""
     ops = Operands.of(*arguments)
     config = choose("forward", ops)
-    blocks = triton.cdiv(ops.max_seqlen_q, config.block_m)
+    blocks = cdiv(ops.max_seqlen_q, config.block_m)
     splits, split_size = ops.key_splits(blocks, config.block_n)
     out_flat = ops.flat(out)
     target, target_lse = out_flat, lse
@@ -476,6 +477,6 @@ def launch(out: torch.Tensor, lse: torch.Tensor, *arguments: Any) -> None:
             ops.seqlen_q,
             ops.head_dim_v,
             splits,
-            BLOCK_S=triton.next_power_of_2(splits),
-            BLOCK_DV=triton.next_power_of_2(ops.head_dim_v),
+            BLOCK_S=next_power_of_2(splits),
+            BLOCK_DV=next_power_of_2(ops.head_dim_v),
         )

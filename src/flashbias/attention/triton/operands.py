@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
-import triton
 from torch import Tensor
 
 from flashbias.attention import packing
-from flashbias.attention.layout import Sharing, flatten_heads, share
+from flashbias.attention.layout import Sharing, cdiv, flatten_heads, next_power_of_2, share
 from flashbias.attention.triton.configs import WIDEST_SPLIT
 from flashbias.attention.triton.pack import Factors
 
@@ -197,15 +196,15 @@ class Operands:
         tiled = self.factors is not None and self.factors.tile_centred
         return tiled or self.table is not None or self.mask is not None or self.dropout_p > 0 or self.is_varlen
 
-    @property
+    @functools.cached_property
     def block_d(self) -> int:
         """head_dim as a power of two that the matrix unit takes."""
-        return max(16, triton.next_power_of_2(self.head_dim))
+        return max(16, next_power_of_2(self.head_dim))
 
-    @property
+    @functools.cached_property
     def block_dv(self) -> int:
         """head_dim_v likewise."""
-        return max(16, triton.next_power_of_2(self.head_dim_v))
+        return max(16, next_power_of_2(self.head_dim_v))
 
     @property
     def precision(self) -> str:
@@ -231,14 +230,14 @@ class Operands:
     def key_splits(self, blocks: int, block_n: int) -> tuple[int, int]:
         """Parts into which the key range is split so that few queries still fill the GPU, and their size."""
         programs = blocks * self.num_programs
-        tiles = triton.cdiv(self.max_seqlen_k, block_n)
+        tiles = cdiv(self.max_seqlen_k, block_n)
         if self.is_varlen or self.max_seqlen_q > 64 or tiles < 8:
             return 1, self.seqlen_k
         splits = min(64, tiles // 4, 2 * multiprocessors(self.q.device) // programs)
         if splits <= 1:
             return 1, self.seqlen_k
-        size = triton.cdiv(tiles, splits) * block_n
-        return triton.cdiv(self.seqlen_k, size), size
+        size = cdiv(tiles, splits) * block_n
+        return cdiv(self.seqlen_k, size), size
 
     # ---------------------------------------------------------------- kernel arguments
 
@@ -333,7 +332,7 @@ class Operands:
             "PADDED_R": factors is not None and factors.columns != factors.block_r * factors.chunks,
             "TILE_CENTRED": factors is not None and factors.tile_centred,
             "CENTRE_TILE": packing.CENTRE_TILE,
-            "BLOCK_RANK": 16 if factors is None else triton.next_power_of_2(factors.rank),
+            "BLOCK_RANK": 16 if factors is None else next_power_of_2(factors.rank),
             "HAS_TABLE": self.table is not None,
             "HAS_CODES": self.code_q is not None,
             "HAS_MASK": self.mask is not None,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flashbias.attention import packing
 from flashbias.attention.call import HALF
-from flashbias.attention.layout import flatten_heads
+from flashbias.attention.layout import cdiv, flatten_heads, next_power_of_2
 from flashbias.attention.triton.primitives import EXACT, READY, UNSCALED, centre_of
 
 __all__ = ["Factors", "packed_pair"]
@@ -110,7 +110,7 @@ class Factors:
     @property
     def chunks(self) -> int:
         """Chunks of `block_r` columns."""
-        return triton.cdiv(self.columns, self.block_r)
+        return cdiv(self.columns, self.block_r)
 
     @classmethod
     def of(cls, phi_q: Tensor, phi_k: Tensor, scale: float, dtype: torch.dtype, centred: bool) -> Factors:
@@ -154,12 +154,12 @@ def _mode(scale: float, dtype: torch.dtype, chunked: bool) -> int:
 def _width(columns: int, block_r: int, dtype: torch.dtype) -> int:
     """Columns to store: whole chunks, so that loads need no mask; a float32 factor is not blown up for that."""
     if dtype == torch.float32 and columns < block_r:
-        return triton.cdiv(columns, FLOATS_OF_A_LOAD) * FLOATS_OF_A_LOAD
-    return triton.cdiv(columns, block_r) * block_r
+        return cdiv(columns, FLOATS_OF_A_LOAD) * FLOATS_OF_A_LOAD
+    return cdiv(columns, block_r) * block_r
 
 
 def _block(columns: int, widest: int = WIDEST_CHUNK) -> int:
-    return min(widest, max(16, triton.next_power_of_2(columns)))
+    return min(widest, max(16, next_power_of_2(columns)))
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -188,8 +188,8 @@ def _packed(
     constant = centre_tile is None and x.stride(-2) == 0
     rows = 1 if constant else length
     out = x.new_empty(x.shape[0], rows, width, dtype=dtype)
-    block_n, block_c = 64, min(triton.next_power_of_2(width), 64)
-    grid = (x.shape[0] * triton.cdiv(rows, block_n), triton.cdiv(width, block_c))
+    block_n, block_c = 64, min(next_power_of_2(width), 64)
+    grid = (x.shape[0] * cdiv(rows, block_n), cdiv(width, block_c))
     _pack_kernel[grid](
         x,
         out,

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from flashbias.attention.layout import Sharing
+from flashbias.attention.layout import Sharing, cdiv
 from flashbias.attention.triton.configs import choose
 from flashbias.attention.triton.operands import Operands, multiprocessors
 from flashbias.attention.triton.primitives import (
@@ -300,12 +300,12 @@ def launch(
 ) -> None:
     """Fill the gradient of the table, `[H or 1, T]`."""
     config = choose("dtable", ops)
-    blocks_m = triton.cdiv(ops.max_seqlen_q, config.block_m)
-    blocks_n = triton.cdiv(ops.max_seqlen_k, config.block_n)
+    blocks_m = cdiv(ops.max_seqlen_q, config.block_m)
+    blocks_n = cdiv(ops.max_seqlen_k, config.block_n)
     heads = grad.shape[0]
     sharing = Sharing(1, ops.num_programs // heads, heads, 1)
     programs = blocks_m * blocks_n * heads
-    splits = max(1, min(sharing.members, triton.cdiv(8 * multiprocessors(ops.q.device), programs)))
+    splits = max(1, min(sharing.members, cdiv(8 * multiprocessors(ops.q.device), programs)))
     sums = torch.zeros(grad.shape, dtype=torch.int64, device=grad.device)
     fixed = _fixed_point(ops, dout, dlse)
     _bwd_dtable_kernel[(programs, splits)](
@@ -319,7 +319,7 @@ def launch(
         num_blocks_m=blocks_m,
         num_blocks_n=blocks_n,
         num_members=sharing.members,
-        members_per_split=triton.cdiv(sharing.members, splits),
+        members_per_split=cdiv(sharing.members, splits),
         **ops.flags(),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from flashbias.attention.layout import Sharing
+from flashbias.attention.layout import Sharing, cdiv, next_power_of_2
 from flashbias.attention.triton.configs import choose
 from flashbias.attention.triton.operands import Operands, multiprocessors
 from flashbias.attention.triton.primitives import (
@@ -327,7 +327,7 @@ def launch(ops: Operands, grads: list[torch.Tensor], rows: dict[str, Any], needs
     """Fill the gradients of query, key, value and the factors."""
     need_phi = needs_grad[3] or needs_grad[4]
     sharing = ops.sharing_q if need_phi else Sharing.nothing(ops.num_programs)
-    wanted = triton.cdiv(8 * multiprocessors(ops.q.device), sharing.groups)
+    wanted = cdiv(8 * multiprocessors(ops.q.device), sharing.groups)
     splits = max(1, min(sharing.members, wanted)) if need_phi else 1
     config = choose("window", ops)
     arguments: dict[str, Any] = {}
@@ -352,14 +352,14 @@ def launch(ops: Operands, grads: list[torch.Tensor], rows: dict[str, Any], needs
         **ops.numbers(),
         **dict(zip(("walk_s1", "walk_v2", "walk_s2"), sharing.sizes, strict=True)),
         num_members=sharing.members,
-        members_per_split=triton.cdiv(sharing.members, splits),
+        members_per_split=cdiv(sharing.members, splits),
         dphi_k_mult=1.0 if ops.factors is None else ops.factors.dphi_k_mult,
         **ops.flags(),
         IS_PACKED=ops.factors is not None and ops.factors.terms > 1,
         STORE_DPHI=need_phi,
-        BLOCK_G=max(16, triton.next_power_of_2(rank)),
-        BLOCK_M=max(16, triton.next_power_of_2(ops.seqlen_q)),
-        BLOCK_N=max(16, triton.next_power_of_2(ops.seqlen_k)),
+        BLOCK_G=max(16, next_power_of_2(rank)),
+        BLOCK_M=max(16, next_power_of_2(ops.seqlen_q)),
+        BLOCK_N=max(16, next_power_of_2(ops.seqlen_k)),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         maxnreg=config.maxnreg,
