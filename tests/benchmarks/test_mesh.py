@@ -147,7 +147,7 @@ def test_a_run_leaves_rows_fields_and_picture(tiny: argparse.Namespace):
 
 def test_what_fails_is_a_row_and_the_others_go_on(tiny: argparse.Namespace, monkeypatch: pytest.MonkeyPatch):
     def fails(*arguments: object) -> torch.Tensor:
-        raise RuntimeError("no such\nkernel")
+        raise RuntimeError("no such kernel\nand more")
 
     monkeypatch.setitem(WAYS, "matrix", Way(lambda points: points, fails))
     monkeypatch.setattr(train, "Clouds", fails)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from benchmarks.fields import vision
 from benchmarks.fields.vision import data, full, small
-from benchmarks.fields.vision.record import COLUMNS, Record
+from benchmarks.fields.vision.record import Record
 
 
 def arguments(out: Path, *options: str) -> argparse.Namespace:
@@ -47,7 +47,7 @@ def rows(written: Path) -> list[dict[str, str]]:
 
 
 def test_every_part_is_measured_and_nothing_failed(rows: list[dict[str, str]]):
-    assert tuple(rows[0]) == COLUMNS
+    assert tuple(rows[0]) == Record.columns
     parts = {"step", "train", "compress", "layer", "speed", "full", "full-step", "attention"}
     assert {row["part"] for row in rows} == parts
     assert {row["status"] for row in rows if row["part"] != "layer"} == {"ok"}

@@ -16,7 +16,7 @@ from benchmarks.fields import weather
 from benchmarks.fields.weather import data, factors, picture, speed, train
 from benchmarks.fields.weather.factors import Spectrum
 from benchmarks.fields.weather.model import Size, WindModel
-from benchmarks.fields.weather.record import COLUMNS, Record
+from benchmarks.fields.weather.record import Record
 from scipy.io import netcdf_file
 
 import flashbias as fb
@@ -61,7 +61,7 @@ def rows(written: Path) -> list[dict[str, str]]:
 
 
 def test_every_part_is_measured_and_nothing_failed(rows: list[dict[str, str]]):
-    assert tuple(rows[0]) == COLUMNS
+    assert tuple(rows[0]) == Record.columns
     assert {row["part"] for row in rows} == {"step", "train", "score", "rank", "compress", "tables", "attention"}
     assert {row["status"] for row in rows} == {"ok"}
 

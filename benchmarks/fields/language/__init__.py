@@ -46,5 +46,5 @@ def run(arguments: argparse.Namespace) -> None:
         results = Results(arguments)
         for name, part in (("train", train), ("attention", attention), ("prefill", prefill)):
             if name in arguments.parts:
-                results.guarded(name, part)
+                results.attempt(name, part)
     draw(arguments.out, arguments.picture)

@@ -80,7 +80,7 @@ def train(results: Results) -> None:
         report_training(results, plan, form, found[form])
 
     for form in FORMS:
-        results.guarded("train", lambda results, form=form: train_one(form), provider=form)
+        results.attempt("train", lambda results, form=form: train_one(form), provider=form)
     if len(found) == len(FORMS):
         dense, factored = (smoothed(found[form].losses, plan.every) for form in FORMS)
         apart = (dense[: len(factored)] - factored).abs()
@@ -181,7 +181,7 @@ def score(results: Results, plan: Plan, found: dict[Form, Trained], held_out: Te
     read = held_out[: count + 1]
     for form, trained in found.items():
         for attention in FORMS:
-            results.guarded(
+            results.attempt(
                 "held-out",
                 lambda results, form=form, attention=attention, model=trained.model: score_one(
                     results, plan, model, read, form, attention

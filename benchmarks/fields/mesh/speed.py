@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from benchmarks.fields.mesh.bodies import motorbike_vertices
-from benchmarks.fields.mesh.evidence import Evidence, failure
+from benchmarks.fields.mesh.evidence import Evidence
 from benchmarks.fields.mesh.solver import NARROWEST, WAYS, Solver, dense_attention, flex_attention
+from benchmarks.fields.record import failure
 from benchmarks.record import Row
 from torch import Tensor
 
@@ -54,7 +56,7 @@ def speed(evidence: Evidence) -> None:
     timer = SolverTimer(evidence, "solver-4k", few, sizes.layers)
     timer.rows(("factors", "matrix", "matrix, learned", "flex", "flex, learned"), ("training",), sizes.layers)
     _summarise(evidence)
-    evidence.save()
+    evidence.write()
     timer = SolverTimer(evidence, "solver-32k-learned", car, sizes.fewer)
     timer.rows(("matrix, learned",), ("training",), sizes.fewer)
 
@@ -100,14 +102,14 @@ class SolverTimer:
             for name in passes:
                 about = {"part": self.part, "who": who, "pass": name, "points": self.mesh.count, "layers": layers}
                 _record(self.evidence, about, lambda who=who, name=name: self._row(who, name, layers))
-        self.evidence.save()
+        self.evidence.write()
 
     def matrix_row(self, layers: int) -> None:
         """What the matrix of one layer alone would need, in bfloat16: computed, not measured."""
         need = HEADS * self.mesh.count**2 * 2 / MIB
         about = {"part": self.part, "who": "matrix", "points": self.mesh.count, "layers": layers}
         self.evidence.add(**about, peak_mib=need, status="computed: the matrix of one layer alone")
-        self.evidence.save()
+        self.evidence.write()
 
     def _row(self, who: str, name: str, layers: int) -> dict[str, object]:
         solver = self._solver(who, layers)
@@ -208,7 +210,7 @@ def attentions(evidence: Evidence, mesh: Mesh) -> None:
         for name in ("forward", "forward and backward"):
             about = {"part": "attention-32k", "who": who, "pass": name, "points": mesh.count}
             _record(evidence, about, lambda who=who, name=name: _attention_row(inputs, who, name))
-    evidence.save()
+    evidence.write()
 
 
 def _attention_row(inputs: Attention, who: str, name: str) -> dict[str, object]:
@@ -242,10 +244,10 @@ def _timed(call: Callable[[], object], device: torch.device, repetitions: int) -
     return {name: "" if value is None else value for name, value in found.items()}
 
 
-def _record(evidence: Evidence, about: dict[str, object], row: Callable[[], dict[str, object]]) -> None:
+def _record(evidence: Evidence, about: dict[str, Any], row: Callable[[], dict[str, object]]) -> None:
     """Add the row; what goes wrong is its status, and the others go on."""
     try:
-        found = row()
+        found: dict[str, Any] = row()
     except Exception as error:  # of peers, of any type
         found = {"status": failure(error)}
     evidence.add(**about, **found)

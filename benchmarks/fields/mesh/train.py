@@ -74,9 +74,9 @@ def train(evidence: Evidence) -> None:
             for body, error in zip(HELD_OUT, errors, strict=True):
                 about = {"who": who, "body": body, "points": plan.points, "layers": plan.layers}
                 evidence.add(part="body", relative_error=error, seed=seed, step=steps, **about)
-            evidence.save()
+            evidence.write()
     _summarise(evidence, steps)
-    evidence.save()
+    evidence.write()
     _keep(evidence, {"points": held_out.points, "true": test.density, **fields}, plan.each)
 
 

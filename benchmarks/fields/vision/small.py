@@ -320,7 +320,7 @@ def _speed(record: Record, model: Any, images: Images, size: Size) -> None:
                         expected = logits
                     row["difference"] = f"{float((logits - expected).norm() / expected.norm()):.2e}"
                     row["note"] = "difference: logits against those as it is, norms"
-                    record.time(row, lambda timed=timed, pixels=pixels: timed(pixels))
+                    record.time(row, lambda timed=timed, pixels=pixels: timed(pixels), 0.5)
 
 
 def _tolerance_of_factors(record: Record) -> float | None:

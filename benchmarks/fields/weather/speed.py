@@ -133,7 +133,7 @@ def _attention(record: Record, size: Size, learned: Tensor, found: dict[float, F
             if comparable and not difference <= LARGEST_DIFFERENCE:
                 row["status"] = "wrong"
                 continue
-            record.time(row, lambda run=run: run(q, k, v))
+            record.time(row, lambda run=run: run(q, k, v), 0.2)
             record.summary[f"ms {provider}"] = row["ms"]
 
 

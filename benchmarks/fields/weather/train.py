@@ -112,7 +112,7 @@ def _steps(record: Record, study: Study) -> None:
             row["difference"] = f"{difference:.2e}"
             if not difference < 0.05:
                 row["status"] = "wrong"
-            record.time(row, step)
+            record.time(row, step, 0.2)
 
 
 def _generator(record: Record) -> torch.Generator:
