@@ -9,13 +9,14 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from flashbias.bench.environment import describe_environment
 from flashbias.files import whole_file
 
-__all__ = ["CPU_RESULTS", "ROOT", "Row", "say", "write"]
+__all__ = ["CPU_RESULTS", "ROOT", "Row", "read", "say", "write"]
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU_RESULTS = ROOT / "benchmarks" / "results" / "cpu"
@@ -29,6 +30,15 @@ Row = dict[str, object]
 def say(text: str) -> None:
     """Tell the user how far things are."""
     print(text, file=sys.stderr, flush=True)
+
+
+def read(arguments: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
+    """What an earlier run has written to the same place: rows, and what its JSON says; nothing where there was none."""
+    table, about = (arguments.out / f"{arguments.subcommand}.{kind}" for kind in ("csv", "json"))
+    if not (table.exists() and about.exists()):
+        return [], {}
+    with table.open(newline="") as file:
+        return [dict(row) for row in csv.DictReader(file)], json.loads(about.read_text())
 
 
 def write(arguments: argparse.Namespace, rows: Sequence[Row], summary: Mapping[str, object]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import flashbias as fb
+from flashbias.attention.packing import row_constant
 from flashbias.factored import relative_lookup
 
 
@@ -158,6 +159,24 @@ def test_padding_columns_get_no_gradient() -> None:
     assert (grad[1] == 0).all()
     assert (grad[2, :, 2:] == 0).all()
     assert (grad[0] != 0).all()
+
+
+def test_padding_columns_are_never_read() -> None:
+    bias = with_ranks()
+    padding = ~bias.rank_mask()[:, None, :]
+    phi_q, phi_k = (phi.masked_fill(padding, torch.nan) for phi in (bias.phi_q, bias.phi_k))
+    dirty = fb.FactoredBias(phi_q, phi_k, ranks=bias.ranks)
+    assert torch.equal(dirty.dense(), bias.dense())
+    assert torch.equal((dirty + dirty).dense(), (bias + bias).dense())
+    clean = dirty.without_ranks()
+    assert clean.ranks is None and clean.rank == bias.rank
+    assert torch.equal(clean.dense(), bias.dense())
+    assert torch.equal(row_constant(dirty, tiled=False), row_constant(bias, tiled=False))
+
+
+def test_without_ranks_where_all_heads_have_all_columns() -> None:
+    bias = plain()
+    assert bias.without_ranks() is bias
 
 
 def test_lookup_clips_at_the_tails() -> None:

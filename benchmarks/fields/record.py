@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, Self
 
 import torch
-from benchmarks.record import Row, say, write
+from benchmarks.record import Row, read, say, write
 
 from flashbias.bench.measure import measure
 
@@ -19,6 +19,9 @@ __all__ = ["Record", "failure"]
 
 class Record:
     """Rows and summary of a run; a field's own record names its columns.
+
+    Rows that an earlier run left in the same place stay, unless this run has some of their part; the summary names
+    their commit.
 
     Args:
         arguments: of the command line.
@@ -33,6 +36,7 @@ class Record:
         self.rows: list[Row] = []
         self.summary: dict[str, object] = {}
         self.began = time.perf_counter()
+        self._earlier, self._about_earlier = read(arguments)
 
     def say(self, text: str) -> None:
         """Tell the user how far things are, and after how many seconds."""
@@ -40,8 +44,19 @@ class Record:
 
     def write(self) -> None:
         """Write everything so far."""
-        if self.rows:
-            write(self.arguments, self.rows, self.summary)
+        if not self.rows:
+            return
+        parts = {row["part"] for row in self.rows}
+        kept = [self._empty(str(row["part"])) | row for row in self._earlier if row["part"] not in parts]
+        summary = self._about_earlier.get("summary", {}) | self.summary
+        if kept:
+            summary["kept"] = self._kept(dict.fromkeys(str(row["part"]) for row in kept))
+        write(self.arguments, [*kept, *self.rows], summary)
+
+    def _kept(self, parts: Iterable[str]) -> dict[str, object]:
+        """The commit that each part was measured at, of those that this run did not measure."""
+        earlier = self._about_earlier.get("summary", {}).get("kept", {})
+        return {part: earlier.get(part, self._about_earlier.get("commit")) for part in parts}
 
     def add(self, part: str, *, quiet: bool = False, **values: object) -> None:
         """Add a row; columns that are not given stay empty, and the status is "ok" unless another is given."""

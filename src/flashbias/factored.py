@@ -199,11 +199,9 @@ class FactoredBias:
             `[*batch, H or 1, N, M]`, differentiable.
         """
         dtype = dtype or torch.promote_types(self.phi_q.dtype, self.phi_k.dtype)
-        phi_q, phi_k = self.phi_q.to(dtype), self.phi_k.to(dtype)
-        if self.ranks is not None:
-            phi_q = phi_q * self.rank_mask().to(dtype)[:, None, :]
+        clean = self.without_ranks()
         with _without_autocast(self.device):
-            out = phi_q @ phi_k.mT
+            out = clean.phi_q.to(dtype) @ clean.phi_k.to(dtype).mT
         if self.table is not None:
             out = out + relative_lookup(self.table.to(dtype), *self.codes())
         return out.expand(self.shape)
@@ -268,7 +266,7 @@ class FactoredBias:
             raise ValueError(
                 f"cannot add biases of {self.seqlen_q}x{self.seqlen_k} and {other.seqlen_q}x{other.seqlen_k}"
             )
-        left, right = self._without_ranks(), other._without_ranks()
+        left, right = self.without_ranks(), other.without_ranks()
         table, code_q, code_k = _add_tables(left, right)
         return FactoredBias(
             _concatenate(left.phi_q, right.phi_q),
@@ -277,6 +275,24 @@ class FactoredBias:
             code_q,
             code_k,
         )
+
+    def without_ranks(self) -> FactoredBias:
+        """The same bias with zeros in padding columns and no `ranks`, for what knows one rank for all heads.
+
+        Returns:
+            A `FactoredBias` of the same rank R; this one where it has no `ranks`. Gradients of padding are zero.
+
+        Example:
+            >>> import torch, flashbias as fb
+            >>> bias = fb.FactoredBias(torch.ones(2, 4, 3), torch.ones(2, 4, 3), ranks=[3, 1])
+            >>> bias.without_ranks().phi_k[1, 0]
+            tensor([1., 0., 0.])
+        """
+        if self.ranks is None:
+            return self
+        padding = ~self.rank_mask()[:, None, :]
+        phi_q, phi_k = (phi.masked_fill(padding, 0.0) for phi in (self.phi_q, self.phi_k))
+        return replace(self, phi_q=phi_q, phi_k=phi_k, ranks=None)
 
     def to(self, *args: Any, **kwargs: Any) -> FactoredBias:
         """Move or cast like `Tensor.to`; codes move but stay integers."""
@@ -313,13 +329,6 @@ class FactoredBias:
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
         return self.phi_q, self.phi_k, self.table, self.code_q, self.code_k
-
-    def _without_ranks(self) -> FactoredBias:
-        """Zero the padding columns, so that factors can stand beside others."""
-        if self.ranks is None:
-            return self
-        mask = self.rank_mask().to(self.phi_q.dtype)[:, None, :]
-        return replace(self, phi_q=self.phi_q * mask, ranks=None)
 
 
 # -------------------------------------------------------------------- checks

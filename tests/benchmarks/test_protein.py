@@ -139,7 +139,11 @@ def test_all_providers_agree(monkeypatch: pytest.MonkeyPatch):
     found = list(timings(replace(SMALL_SHAPES, tokens=((24, ("forward+backward",)),)), CPU))
     assert {timing.scope for timing in found} == {"triangle", "attentions", "block"}
     for timing in found:
-        assert timing.status == "ok" and timing.difference is not None and timing.difference < 1e-5, timing
+        assert (
+            timing.status == "ok"
+            and timing.difference is not None
+            and timing.difference < (1e-2 if "bfloat16" in timing.provider else 1e-5)
+        )
 
 
 def test_a_run_leaves_its_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -157,8 +161,8 @@ def test_a_run_leaves_its_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert {row["status"] for row in rows} == {"ok"}
     kinds = [(row["what"], row["rank"]) for row in rows if row["auc"]]
     assert kinds[:4] == [("matrix", ""), ("no bias", ""), ("matrix truncated", "4"), ("sketched factors", "4")]
-    assert kinds[4:6] == [("factors", "4"), ("factors, tuned", "4")]
-    assert kinds[6:] == [("table + factors", "4"), ("table + factors, tuned", "4")]
+    assert kinds[4:7] == [("factors", "4"), ("factors, tuned", "4"), ("factors, tuned, bfloat16", "4")]
+    assert [what for what, _ in kinds[7:]] == [f"table + {what}" for what, _ in kinds[4:7]]
     summary = json.loads((tmp_path / "protein.json").read_text())["summary"]
     assert summary["block, 16, forward"]["open code / factors"] == 3.0
     with np.load(tmp_path / "protein-maps.npz") as maps:

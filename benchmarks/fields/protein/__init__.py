@@ -1,7 +1,7 @@
 """A predictor of contacts, trained on real chains and given factors; the time of a Pairformer block.
 
     python -m benchmarks.fields protein --fetch
-    python -m benchmarks.fields protein --out benchmarks/results/h200
+    python -m benchmarks.fields protein --out benchmarks/results/h200/fields
 
 The first part trains a small predictor with dense biases, distils these into factors of several ranks, and judges all
 on chains held out. The second times triangle attention, and a block of AlphaFold 3's Pairformer, by what computes the
@@ -11,7 +11,6 @@ attention. `--parts` runs one of them and keeps the rows of the other; `--draw` 
 from __future__ import annotations
 
 import argparse
-import csv
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,7 @@ from benchmarks.fields.protein import data, picture
 from benchmarks.fields.protein.speed import SMALL_SHAPES, Shapes, Timing, timings
 from benchmarks.fields.protein.task import Score, contact_probability
 from benchmarks.fields.protein.train import SMALL, Curve, Plan, Study
-from benchmarks.record import Row, say, write
+from benchmarks.record import Row, read, say, write
 
 from flashbias.files import whole_file
 
@@ -51,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
         say(str(data.fetch()))
         return
     if not arguments.draw:
-        rows = [row for row in _written(arguments.out) if row["part"] not in arguments.parts]
+        rows = [row for row in read(arguments)[0] if row["part"] not in arguments.parts]
         for part in (part for part in PARTS if part in arguments.parts):
             found = _train(arguments) if part == "train" else _speed(arguments)
             for _, group in groupby(_guarded(part, found), key=lambda row: (row["what"], row["tokens"])):
@@ -70,15 +69,6 @@ def _guarded(part: str, found: Iterator[Row]) -> Iterator[Row]:
     except Exception as failed:
         traceback.print_exc()
         yield _row(part, part, status=f"error: {type(failed).__name__}: {str(failed)[:200]}")
-
-
-def _written(folder: Path) -> list[Row]:
-    """Rows of an earlier run."""
-    path = folder / "protein.csv"
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [dict(row) for row in csv.DictReader(file)]
 
 
 def _row(part: str, what: str, **values: object) -> Row:
@@ -128,6 +118,8 @@ def _train(arguments: argparse.Namespace) -> Iterator[Row]:
             yield from _curve(f"tuning {what}", study.tune(students), rank)
             with study.with_factors(students):
                 yield scored(f"{what}, tuned", study.evaluate(), rank=rank)
+            with study.with_factors(students, torch.bfloat16):
+                yield scored(f"{what}, tuned, bfloat16", study.evaluate(), rank=rank)
                 maps.add(f"{what}, tuned {rank}")
         except Exception as failed:  # the other ranks go on
             yield _row("train", what, rank=rank, status=f"error: {type(failed).__name__}: {str(failed)[:200]}")

@@ -11,6 +11,7 @@ from benchmarks.fields.protein.model import (
     feature_count,
     materialised,
     residue_features,
+    rounded,
 )
 from benchmarks.fields.protein.sketch import sketched
 from torch import Tensor, nn
@@ -45,6 +46,7 @@ class PairBiasAttention(nn.Module):
         self.heads = heads
         self.sketch = 0
         self.form: Form = "matrix"
+        self.factor_dtype = torch.float32
         self.attend: Attend = materialised
         self.norm, self.norm_pairs = nn.LayerNorm(single), nn.LayerNorm(channels)
         self.to_qkv = nn.Linear(single, 3 * single, bias=False)
@@ -57,10 +59,10 @@ class PairBiasAttention(nn.Module):
         return self.to_bias(z).movedim(-1, 1)
 
     def factors(self, z: Tensor) -> fb.FactoredBias:
-        """`[B, H, N, R]` twice, float32."""
+        """`[B, H, N, R]` twice."""
         if self.sketch:
-            return sketched(z, self.to_bias, self.sketch)
-        return self.student(residue_features(z, self.to_bias))
+            return rounded(sketched(z, self.to_bias, self.sketch), self.factor_dtype)
+        return rounded(self.student(residue_features(z, self.to_bias)), self.factor_dtype)
 
     def forward(self, s: Tensor, z: Tensor) -> Tensor:
         """The update of `[B, N, c_s]`."""
@@ -110,10 +112,17 @@ class Pairformer(nn.Module):
         self.tokens = PairBiasAttention(single, channels, single_heads, rank)
         self.transitions = nn.ModuleList(_Transition(width) for width in (channels, single) if whole)
 
-    def use(self, form: Form, triangle: Attend, tokens: Attend, sketch: int = 0) -> Pairformer:
-        """Choose the form of all biases, what computes attention where these are no factors, and whose factors."""
+    def use(
+        self,
+        form: Form,
+        triangle: Attend,
+        tokens: Attend,
+        sketch: int = 0,
+        factor_dtype: torch.dtype = torch.float32,
+    ) -> Pairformer:
+        """Choose the form of all biases, what computes attention where these are no factors, and which factors."""
         for module, attend in ((self.start, triangle), (self.end, triangle), (self.tokens, tokens)):
-            module.form, module.attend, module.sketch = form, attend, sketch
+            module.form, module.attend, module.sketch, module.factor_dtype = form, attend, sketch, factor_dtype
         return self
 
     def half(self, dtype: torch.dtype) -> Pairformer:

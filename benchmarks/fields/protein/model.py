@@ -26,6 +26,7 @@ __all__ = [
     "feature_count",
     "materialised",
     "residue_features",
+    "rounded",
 ]
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -103,6 +104,11 @@ def feature_count(channels: int, heads: int) -> int:
     return 3 * channels + 2 * SEGMENTS * heads + 2 * WAVES
 
 
+def rounded(bias: FactoredBias, dtype: torch.dtype) -> FactoredBias:
+    """The factors in another dtype, the table as it is."""
+    return replace(bias, phi_q=bias.phi_q.to(dtype), phi_k=bias.phi_k.to(dtype))
+
+
 class Student(nn.Module):
     """Networks that make factors of residues' features, and a learned table of offsets beside them.
 
@@ -139,6 +145,7 @@ class TriangleAttention(nn.Module):
         student: networks that give the bias as factors; None as long as there are none.
         sketch: rank of factors that are sketched from the pairs, in place of the student's; 0 for the student's.
         form: what the bias is; see `Form`.
+        factor_dtype: to which factors are rounded.
     """
 
     def __init__(self, channels: int, heads: int, head_dim: int) -> None:
@@ -153,6 +160,7 @@ class TriangleAttention(nn.Module):
         self.student: Student | None = None
         self.sketch = 0
         self.form: Form = "matrix"
+        self.factor_dtype = torch.float32
 
     def new_student(self, rank: int, hidden: tuple[int, ...], reach: int = 0) -> Student:
         """One of the right size, untrained, on the same device."""
@@ -164,12 +172,12 @@ class TriangleAttention(nn.Module):
         return self.to_bias(z).movedim(-1, 1)
 
     def factors(self, z: Tensor) -> FactoredBias:
-        """Factors of the bias of normalised pairs, `[B, H, N, R]` twice, float32."""
+        """Factors of the bias of normalised pairs, `[B, H, N, R]` twice."""
         with torch.autocast(z.device.type, enabled=False):
             if self.sketch:
-                return sketched(z, self.to_bias, self.sketch)
+                return rounded(sketched(z, self.to_bias, self.sketch), self.factor_dtype)
             assert self.student is not None
-            return self.student(residue_features(z, self.to_bias))
+            return rounded(self.student(residue_features(z, self.to_bias)), self.factor_dtype)
 
     def forward(self, z: Tensor) -> Tensor:
         """The update of `[B, N, N, c]`."""

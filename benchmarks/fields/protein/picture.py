@@ -39,13 +39,14 @@ def draw(folder: Path, target: Path) -> None:
 
     with (folder / "protein.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    figure, axes = plt.subplots(2, 3, figsize=(13, 8), layout="constrained")
     maps = folder / "protein-maps.npz"
+    height = 2 if maps.exists() else 1
+    figure, axes = plt.subplots(height, 3, figsize=(13, 4 * height), layout="constrained", squeeze=False)
     if maps.exists():
         with np.load(maps) as arrays:
             _maps(axes[0], dict(arrays))
-    _curves(axes[1, 0], rows)
-    for axis, scope in zip(axes[1, 1:], SHOWN, strict=True):
+    _curves(axes[-1, 0], rows)
+    for axis, scope in zip(axes[-1, 1:], SHOWN, strict=True):
         _bars(axis, scope, times(rows))
     with whole_file(target) as part:
         figure.savefig(part, format="png", dpi=110)

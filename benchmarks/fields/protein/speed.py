@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from benchmarks.fields.protein.block import Pairformer
-from benchmarks.fields.protein.model import Attend, Form, materialised
+from benchmarks.fields.protein.model import Attend, Form, materialised, rounded
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -55,6 +55,7 @@ class Provider:
         gradient: whether the bias may take a gradient.
         reach: of a table beside the factors of the triangle attentions; 0 for none.
         sketch: factors are sketched from the pairs, of this multiple of the rank; 0 for those of networks.
+        factor_dtype: to which factors are rounded.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Provider:
     gradient: bool = True
     reach: int = 0
     sketch: int = 0
+    factor_dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ def providers(device: torch.device) -> list[Provider]:
     """Those that this machine has, in the order in which they run."""
     found = [
         Provider("factors", "factors", materialised, materialised),
+        Provider("factors, bfloat16", "factors", materialised, materialised, factor_dtype=torch.bfloat16),
         Provider("table + factors", "factors", materialised, materialised, reach=32),
         Provider("sketched factors", "factors", materialised, materialised, sketch=1),
         Provider("sketched factors, twice the rank", "factors", materialised, materialised, sketch=2),
@@ -117,7 +120,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, backend: SDPBack
     """On `[B · rows, H, N, D]`; a bias of one batch is shared by all rows without a copy."""
     lead = q.shape[:-3]
     flat = (x.flatten(0, -4) for x in (q, k, v))
-    mask = None if bias is None else bias.flatten(0, -4)
+    # A kernel that is asked for by name takes rows of unit stride only.
+    mask = None if bias is None else bias.flatten(0, -4).contiguous()
     if backend is None:
         return F.scaled_dot_product_attention(*flat, attn_mask=mask).unflatten(0, lead)
     with sdpa_kernel(backend):
@@ -255,7 +259,8 @@ def _triangle(
 
     def forward() -> tuple[Tensor, ...]:
         if provider.form == "factors":
-            out = triangle_attention(q, k, v, fb.FactoredBias(phi_q, phi_k, table=table))
+            factored = rounded(fb.FactoredBias(phi_q, phi_k, table=table), provider.factor_dtype)
+            out = triangle_attention(q, k, v, factored)
             assert isinstance(out, Tensor)
             return (out,)
         return (provider.triangle(q, k, v, bias),)
@@ -276,7 +281,7 @@ def _block(
     sketch = shapes.rank * provider.sketch
     same: Form = "product" if provider.form == "factors" else provider.form
     return Prepared(
-        lambda: block.use(provider.form, provider.triangle, provider.tokens, sketch)(s, z),
+        lambda: block.use(provider.form, provider.triangle, provider.tokens, sketch, provider.factor_dtype)(s, z),
         lambda: block.use(same, materialised, materialised, sketch)(s, z),
         (s, z),
         tuple(block.parameters()),

@@ -130,13 +130,13 @@ class Study:
             triangle.sketch, triangle.form = 0, "matrix"
 
     @contextmanager
-    def with_factors(self, students: Sequence[Student]) -> Iterator[None]:
-        """Let networks stand for the biases."""
+    def with_factors(self, students: Sequence[Student], dtype: torch.dtype = torch.float32) -> Iterator[None]:
+        """Let networks stand for the biases, their factors rounded to `dtype`."""
         for triangle, student in zip(self.model.triangles(), students, strict=True):
-            triangle.student, triangle.form = student, "factors"
+            triangle.student, triangle.form, triangle.factor_dtype = student, "factors", dtype
         yield
         for triangle in self.model.triangles():
-            triangle.student, triangle.form = None, "matrix"
+            triangle.student, triangle.form, triangle.factor_dtype = None, "matrix", torch.float32
 
     # ---------------------------------------------------------------- factors
 

@@ -179,10 +179,11 @@ def _ways(
         }
         ways[f"factors, tol {tol:g}"] = (lambda form=form: repeated(form), about)
     about = {"weights": "learned", "rank": PAPER_RANK}
-    ways[f"factors, rank {PAPER_RANK}"] = (
-        lambda: repeated(Spectrum.of(_matrices(size, learned)).cut(PAPER_RANK)[0]),
-        about,
-    )
+    for dtype in (torch.float32, torch.bfloat16):
+        ways[f"factors, rank {PAPER_RANK}, {str(dtype).removeprefix('torch.')}"] = (
+            lambda dtype=dtype: repeated(Spectrum.of(_matrices(size, learned)).cut(PAPER_RANK)[0].to(dtype)),
+            about,
+        )
     if on_gpu:
         ways["FlexAttention"] = (lambda: _flex(matrix), dense)
     return ways

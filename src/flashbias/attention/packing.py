@@ -190,13 +190,11 @@ def row_constant(bias: FactoredBias, *, tiled: bool) -> Tensor:
     Returns:
         `[*batch, H or 1, N]` in float32 (float64 for float64 factors), differentiable in phi_q.
     """
+    bias = bias.without_ranks()
     dtype = torch.promote_types(bias.phi_q.dtype, torch.float32)
     starts, length = reference_starts(bias.seqlen_q, bias.seqlen_k, bias.device, tiled=tiled)
     centre = centre_of(bias.phi_k, starts, length).to(dtype)
-    phi_q = bias.phi_q.to(dtype)
-    if bias.ranks is not None:
-        phi_q = phi_q * bias.rank_mask().to(dtype)[:, None, :]
-    return (phi_q * centre).sum(-1)
+    return (bias.phi_q.to(dtype) * centre).sum(-1)
 
 
 def row_sums(phi_q: Tensor, rows: Tensor) -> Tensor:

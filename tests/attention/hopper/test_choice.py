@@ -92,7 +92,7 @@ class TestUnsupported:
         assert "table" in str(hopper.unsupported(call(bias=bias)))
 
     def test_ranks_that_differ_between_heads(self) -> None:
-        assert "ranks" in str(hopper.unsupported(call(bias=factors(7, ranks=[7, 2]))))
+        assert hopper.unsupported(call(bias=factors(7, ranks=[7, 2]))) is None
 
     @pytest.mark.parametrize("factor_dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_more_keys_than_one_centre_serves(self, factor_dtype: torch.dtype) -> None:
@@ -176,3 +176,10 @@ class TestChoice:
     )
     def test_where_it_is_slower(self, changes: dict[str, Any], expected: bool) -> None:
         assert hopper.is_slower(call(**changes)) == expected
+
+    @pytest.mark.parametrize(
+        ("ranks", "expected"), [((16, 16), False), ((16, 1), False), ((16, 0), False), ((8, 7), True)]
+    )
+    def test_heads_of_small_rank_beside_a_large_one(self, ranks: tuple[int, int], expected: bool) -> None:
+        """Twice the mean, and no more, may the largest be; here the factors have 16 columns."""
+        assert hopper.is_slower(call(n=256, m=256, bias=factors(16, 256, 256, ranks=ranks))) == expected

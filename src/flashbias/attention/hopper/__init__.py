@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from flashbias.attention import packing, registration
 from flashbias.attention.call import HALF, Call
 from flashbias.attention.hopper.configs import columns_of, forward_config, ready_columns
+from flashbias.factored import FactoredBias
 
 __all__ = ["is_slower", "run", "unavailable", "unsupported"]
 
@@ -19,6 +21,9 @@ WIDEST_FACTORS = 256
 
 LONGEST = packing.TILE_CENTRE_FROM
 """Keys up to which float32 factors have one centre."""
+
+UNEVEN = 2
+"""Times the mean rank of the heads that the largest is, from which on heads are not all given the largest."""
 
 NARROW_HEAD, FEW_COLUMNS = 32, 64
 """Heads so narrow that more packed columns than this cost more than the portable kernels' slower loop."""
@@ -84,8 +89,6 @@ def _unsupported_bias(call: Call) -> str | None:
     assert bias is not None
     if bias.table is not None:
         return "a bias with a table"
-    if bias.ranks is not None:
-        return "ranks that differ between heads"
     if packing.is_packed(bias.phi_q, bias.phi_k, query.dtype) and call.seqlen_k > LONGEST:
         return f"{call.seqlen_k} keys beside float32 factors, more than {LONGEST}"
     columns = _columns(call)
@@ -111,6 +114,8 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
     Returns:
         Output `[*batch, H, N, head_dim_v]` and, if asked for, the log-sum-exp, float32 `[*batch, H, N]`.
     """
+    if call.bias is not None:
+        call = replace(call, bias=call.bias.without_ranks())
     return registration.run(call, "hopper.repeatable" if call.deterministic else "hopper")
 
 
@@ -120,4 +125,9 @@ def is_slower(call: Call) -> bool:
     columns = _columns(call)
     is_crowded = max(widths) <= NARROW_HEAD and columns > FEW_COLUMNS
     is_cramped = forward_config(*widths, columns).block_n < FEWEST_KEYS
-    return is_crowded or is_cramped or call.seqlen_q <= SHORT
+    return is_crowded or is_cramped or call.seqlen_q <= SHORT or _is_uneven(call.bias)
+
+
+def _is_uneven(bias: FactoredBias | None) -> bool:
+    """Whether the largest rank of a head is far from the mean: an estimate, which has not been measured."""
+    return bias is not None and bias.ranks is not None and bias.rank * len(bias.ranks) > UNEVEN * sum(bias.ranks)
