@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from flashbias.bench import write_tables
+from flashbias.bench import SUITES, write_tables
 from flashbias.biases import registry
 from flashbias.cli.app import app
 
@@ -93,3 +93,13 @@ def test_benchmark_tables_are_those_of_the_committed_results(page: Path, tmp_pat
         assert copy.read_text() == page.read_text(), "run python -m flashbias.bench --write-tables (CONTRIBUTING.md)"
     else:
         assert "No run has been committed yet." in page.read_text()
+
+
+def test_tables_of_the_paper_are_those_of_the_committed_results(tmp_path: Path) -> None:
+    page = ROOT / "docs" / "paper.md"
+    copy = tmp_path / page.name
+    shutil.copy(page, copy)
+    write_tables(RESULTS, [copy], "paper", SUITES["paper"].render)
+    assert copy.read_text() == page.read_text(), (
+        "run python -m flashbias.bench paper --write-tables benchmarks/results docs/paper.md"
+    )

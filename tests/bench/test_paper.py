@@ -162,6 +162,28 @@ def test_small_versions_are_said_to_prove_nothing(page_of):
     assert "say nothing about the paper's" in lines(text)["Table 3, forward"][3]
 
 
+def test_what_has_no_time_is_listed_with_the_reason_and_has_no_line(page_of):
+    rows = [
+        ok("gpt2-2k", "fwd", "ours/triton", 1),
+        Row("gpt2-2k", "fwd", "bias-free/fa4", "bfloat16", status="not installed"),
+        Row("gpt2-2k", "fwdbwd", "ours/triton", "bfloat16", status="wrong"),
+        Row("pangu-fine", "fwd", "ours/triton", "bfloat16", status="skipped: time limit"),
+        Row("pangu-fine", "fwd", "dense/flex", "bfloat16", status="skipped: time limit"),
+    ]
+    text = render_paper(page_of(rows))
+    assert list(lines(text)) == ["Table 3, forward"]
+    assert "- Table 3, forward and backward: GPT-2 1.5B, ALiBi (wrong)\n" in text
+    assert "- Table 7, forward: Pangu-Weather, fine scale (skipped: time limit)\n" in text
+    assert "Not installed in this run, so in no column: `fa4`.\n" in text
+    assert "| pangu-fine |" not in text
+
+
+def test_a_run_without_any_time_says_so(page_of):
+    text = render_paper(page_of([Row("gpt2-2k", "fwd", "ours/triton", "bfloat16", status="oom")]))
+    assert "**The paper and this library, bfloat16**: nothing was timed\n" in text
+    assert "- Table 3, forward: GPT-2 1.5B, ALiBi (oom)\n" in text
+
+
 def test_rows_of_other_cases_make_no_page(page_of):
     with pytest.raises(ValueError, match="holds no row of the paper's cases, which are gpt2-2k"):
         render_paper(page_of([ok("swin-49", "fwd", "ours/sdpa", 1)]))

@@ -247,17 +247,26 @@ def render_paper(csv_path: Path | str, *, summary: bool = False) -> str:
     if not experiments:
         raise ValueError(f"{path} holds no row of the paper's cases, which are {', '.join(PAPER_CASES)}")
     parts = [heading(path.with_suffix(".json"))]
+    device = _device(path.with_suffix(".json"))
+    timed: list[Row] = []
     for dtype in dict.fromkeys(row.dtype for row in rows):
-        lines = [
-            line
-            for experiment in experiments
-            for pass_name in PASS_TITLES
-            if (line := _line(experiment, pass_name, dtype, rows, _device(path.with_suffix(".json"))))
-        ]
+        lines: list[list[str]] = []
+        untimed: list[str] = []
+        for experiment in experiments:
+            for pass_name in PASS_TITLES:
+                chosen = _rows_of(experiment, pass_name, dtype, rows)
+                if any(row.status == "ok" for row in chosen):
+                    lines.append(_line(experiment, pass_name, dtype, chosen, device))
+                    timed += chosen
+                elif chosen:
+                    untimed.append(_untimed(experiment, pass_name, chosen))
+        title = f"**The paper and this library, {dtype}**"
         table = markdown_table(["case", "the paper's figure", "our figure", "what differs"], lines, numbers=False)
-        parts.append(f"**The paper and this library, {dtype}**\n\n{table}")
+        parts.append(f"{title}\n\n{table}" if lines else f"{title}: nothing was timed")
+        parts += ["Without any time:\n\n" + "\n".join(untimed)] if untimed else []
+        parts.append(_absent([row for row in rows if row.dtype == dtype]))
     if not summary:
-        parts.append(render_rows(rows))
+        parts.append(render_rows(timed))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -265,12 +274,25 @@ def _device(json_path: Path) -> str:
     return json.loads(json_path.read_text())["device"] if json_path.exists() else "an unnamed device"
 
 
-def _line(experiment: Experiment, pass_name: str, dtype: str, rows: Sequence[Row], device: str) -> list[str] | None:
-    """Cells for one pass of an experiment; None if no row speaks of it."""
+def _rows_of(experiment: Experiment, pass_name: str, dtype: str, rows: Sequence[Row]) -> list[Row]:
     names = {case.name for case, _ in experiment.calls}
-    chosen = [row for row in rows if (row.pass_name, row.dtype) == (pass_name, dtype) and row.case in names]
-    if not chosen:
-        return None
+    return [row for row in rows if (row.pass_name, row.dtype) == (pass_name, dtype) and row.case in names]
+
+
+def _untimed(experiment: Experiment, pass_name: str, rows: Sequence[Row]) -> str:
+    """An item of a list: a pass of which no provider has a time, and why."""
+    reasons = ", ".join(dict.fromkeys(row.status for row in rows))
+    return f"- Table {experiment.table}, {PASS_TITLES[pass_name].lower()}: {experiment.title} ({reasons})"
+
+
+def _absent(rows: Sequence[Row]) -> str:
+    """Say which peers the machine of the run did not have: the fastest of a column may be one of them."""
+    peers = dict.fromkeys(row.provider.split("/", 1)[1] for row in rows if row.status == "not installed")
+    return f"Not installed in this run, so in no column: {', '.join(f'`{peer}`' for peer in peers)}." if peers else ""
+
+
+def _line(experiment: Experiment, pass_name: str, dtype: str, chosen: Sequence[Row], device: str) -> list[str]:
+    """Cells for one pass of an experiment, of which `chosen` are all rows."""
     shapes = "".join(f"<br>{count} calls of `{case.name}`: {case.shape}" for case, count in experiment.calls)
     reported = experiment.reported.get(pass_name)
     difference = f"Attention alone against a whole model; {device} and {dtype} against {PAPER_SETTING}. "
