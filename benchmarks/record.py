@@ -16,7 +16,7 @@ import torch
 from flashbias.bench.environment import describe_environment
 from flashbias.files import whole_file
 
-__all__ = ["CPU_RESULTS", "ROOT", "Row", "read", "say", "write"]
+__all__ = ["CPU_RESULTS", "ROOT", "Row", "read", "say", "store", "write"]
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU_RESULTS = ROOT / "benchmarks" / "results" / "cpu"
@@ -32,9 +32,9 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def read(arguments: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
-    """What an earlier run has written to the same place: rows, and what its JSON says; nothing where there was none."""
-    table, about = (arguments.out / f"{arguments.subcommand}.{kind}" for kind in ("csv", "json"))
+def read(folder: Path, name: str) -> tuple[list[Row], dict[str, Any]]:
+    """What a run has left behind: rows, and what its JSON says; nothing where there was none."""
+    table, about = (folder / f"{name}.{kind}" for kind in ("csv", "json"))
     if not (table.exists() and about.exists()):
         return [], {}
     with table.open(newline="") as file:
@@ -62,11 +62,16 @@ def write(arguments: argparse.Namespace, rows: Sequence[Row], summary: Mapping[s
         "settings": settings,
         "summary": dict(summary),
     }
-    with whole_file(arguments.out / f"{arguments.subcommand}.csv") as part, part.open("w", newline="") as file:
+    store(arguments.out, arguments.subcommand, rows, about)
+    say(json.dumps(dict(summary)))
+    say(f"written: {arguments.out.name}/{arguments.subcommand}.csv and .json")
+
+
+def store(folder: Path, name: str, rows: Sequence[Row], about: Mapping[str, object]) -> None:
+    """Write `<name>.csv` and `<name>.json`."""
+    with whole_file(folder / f"{name}.csv") as part, part.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    with whole_file(arguments.out / f"{arguments.subcommand}.json") as part:
+    with whole_file(folder / f"{name}.json") as part:
         part.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n")
-    say(json.dumps(dict(summary)))
-    say(f"written: {arguments.out.name}/{arguments.subcommand}.csv and .json")

@@ -7,8 +7,9 @@
     python -m benchmarks.fields weather     winds of the next month, with an earth-specific bias
 
 Each writes `<field>.csv` and `<field>.json` into `--out`, and its picture where `--picture` says. `--small` runs the
-same code at sizes for a CPU. Data are fetched once from Debian packages into `$FLASHBIAS_CACHE`, by default
-`~/.cache/flashbias`; `--fetch` does only that, and a machine without a network takes a copy of the folder.
+same code at sizes for a CPU; `--merge FOLDER` joins what two runs have measured. Data are fetched once from Debian
+packages into `$FLASHBIAS_CACHE`, by default `~/.cache/flashbias`; `--fetch` does only that, and a machine without a
+network takes a copy of the folder.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from benchmarks.fields.record import merge
 from benchmarks.record import ROOT
 
 FIELDS = ("language", "vision", "mesh", "protein", "weather")
@@ -31,6 +33,9 @@ def main() -> None:
     arguments.load = os.getloadavg()[0]
     arguments.started = datetime.now(UTC).isoformat(timespec="seconds")
     torch.set_num_threads(arguments.threads)
+    if arguments.merge is not None:
+        merge(arguments.out, arguments.merge, arguments.subcommand)
+        return
     arguments.run(arguments)
 
 
@@ -49,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
         part.add_argument("--seed", type=int, default=0)
         part.add_argument("--small", action="store_true", help="at sizes for a CPU")
         part.add_argument("--fetch", action="store_true", help="only fetch the data")
+        part.add_argument("--merge", type=Path, help="only take the parts that this folder has results of into --out")
         part.add_argument("--commit", help="of the source, where it is no repository")
         field.add_arguments(part)
     return whole

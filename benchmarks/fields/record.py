@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 import gc
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from benchmarks.record import Row, read, say, write
+from benchmarks.record import Row, read, say, store, write
 
 from flashbias.bench.measure import measure
 
-__all__ = ["Record", "failure"]
+__all__ = ["Record", "failure", "joined", "merge"]
 
 
 class Record:
@@ -36,7 +37,7 @@ class Record:
         self.rows: list[Row] = []
         self.summary: dict[str, object] = {}
         self.began = time.perf_counter()
-        self._earlier, self._about_earlier = read(arguments)
+        self._earlier, self._about_earlier = read(arguments.out, arguments.subcommand)
 
     def say(self, text: str) -> None:
         """Tell the user how far things are, and after how many seconds."""
@@ -46,17 +47,8 @@ class Record:
         """Write everything so far."""
         if not self.rows:
             return
-        parts = {row["part"] for row in self.rows}
-        kept = [self._empty(str(row["part"])) | row for row in self._earlier if row["part"] not in parts]
-        summary = self._about_earlier.get("summary", {}) | self.summary
-        if kept:
-            summary["kept"] = self._kept(dict.fromkeys(str(row["part"]) for row in kept))
-        write(self.arguments, [*kept, *self.rows], summary)
-
-    def _kept(self, parts: Iterable[str]) -> dict[str, object]:
-        """The commit that each part was measured at, of those that this run did not measure."""
-        earlier = self._about_earlier.get("summary", {}).get("kept", {})
-        return {part: earlier.get(part, self._about_earlier.get("commit")) for part in parts}
+        rows, summary = joined(self._earlier, self._about_earlier, self.rows, self.summary)
+        write(self.arguments, rows, summary)
 
     def add(self, part: str, *, quiet: bool = False, **values: object) -> None:
         """Add a row; columns that are not given stay empty, and the status is "ok" unless another is given."""
@@ -125,6 +117,44 @@ class Record:
     def _free(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def joined(
+    earlier: Sequence[Row], about: Mapping[str, Any], rows: Sequence[Row], summary: Mapping[str, object]
+) -> tuple[list[Row], dict[str, object]]:
+    """Rows of an earlier run and of a later one, which replaces every part that it has.
+
+    Args:
+        earlier: rows of the earlier run.
+        about: what its JSON says.
+        rows: of the later run.
+        summary: of the later run.
+
+    Returns:
+        The rows, all with the columns of both, and the summary; its "kept" has the commit of each part of earlier runs.
+    """
+    parts = {row["part"] for row in rows}
+    kept = [row for row in earlier if row["part"] not in parts]
+    empty: Row = dict.fromkeys([*rows[0], *(kept[0] if kept else ())], "")
+    before = about.get("summary", {})
+    commits = before.get("kept", {})
+    found = {str(row["part"]): commits.get(row["part"], about.get("commit")) for row in kept}
+    whole = {**before, **summary}
+    whole.pop("kept", None)
+    return [empty | row for row in (*kept, *rows)], whole | ({"kept": found} if found else {})
+
+
+def merge(out: Path, later: Path, field: str) -> None:
+    """Take all parts that a later run has left in another folder into `out`, in place of those that are there.
+
+    Raises:
+        FileNotFoundError: the other folder has no results of the field.
+    """
+    rows, about = read(later, field)
+    if not rows:
+        raise FileNotFoundError(f"{later} has no {field}.csv with rows and {field}.json")
+    whole, summary = joined(*read(out, field), rows, about["summary"])
+    store(out, field, whole, {**about, "summary": summary})
 
 
 def failure(error: Exception) -> str:

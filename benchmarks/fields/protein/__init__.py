@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
         say(str(data.fetch()))
         return
     if not arguments.draw:
-        rows = [row for row in read(arguments)[0] if row["part"] not in arguments.parts]
+        rows = [row for row in read(arguments.out, arguments.subcommand)[0] if row["part"] not in arguments.parts]
         for part in (part for part in PARTS if part in arguments.parts):
             found = _train(arguments) if part == "train" else _speed(arguments)
             for _, group in groupby(_guarded(part, found), key=lambda row: (row["what"], row["tokens"])):

@@ -91,6 +91,10 @@ class TestUnsupported:
         bias = fb.FactoredBias(empty(2, 64, 0), empty(2, 64, 0), empty(2, 9))
         assert "table" in str(hopper.unsupported(call(bias=bias)))
 
+    def test_ranks_of_heads_that_share_a_factor(self) -> None:
+        shared = fb.FactoredBias(empty(1, 64, 7), empty(2, 64, 7), ranks=[7, 2])
+        assert "share" in str(hopper.unsupported(call(bias=shared)))
+
     def test_ranks_that_differ_between_heads(self) -> None:
         assert hopper.unsupported(call(bias=factors(7, ranks=[7, 2]))) is None
 

@@ -21,6 +21,7 @@ from triton.runtime.jit import JITFunction
 
 from flashbias.attention.hopper import backward, forward
 from flashbias.attention.hopper.gluon import TensorDescriptor
+from flashbias.attention.hopper.operands import RANKS, HopperOperands
 
 BATCH, HEADS, N, D = 2, 3, 96, 32
 
@@ -105,3 +106,21 @@ def test_every_layout_is_addressable(layout: Any, descriptors: list[Any]) -> Non
         assert x.strides[-1] == 1
         assert x.base.data_ptr() % 16 == 0
         assert all(step > 0 and step % 16 == 0 for step in steps)
+
+
+class TestRanks:
+    def test_place_in_the_schema(self) -> None:
+        names = [argument.name for argument in torch.ops.flashbias.attention_forward.default._schema.arguments]
+        assert names[3:5] == ["phi_q", "phi_k"]
+        assert names[RANKS] == "ranks"
+
+    def test_columns_that_a_head_lacks_become_zeros(self) -> None:
+        q, k, v = torch.randn(3, 2, 3, 20, 16, dtype=torch.bfloat16)
+        phi_q, phi_k = torch.randn(2, 3, 20, 4)
+        bias = fb.FactoredBias(phi_q, phi_k, ranks=(4, 0, 2))
+        ops = HopperOperands.of(q, k, v, phi_q, phi_k, *[None] * 7, 20, 20, [4, 0, 2], 0.25, -1, -1, False, 0.0)
+        assert ops.ranks_per_head is None and ops.phi_q is not None and ops.phi_k is not None
+        clean = bias.without_ranks()
+        assert torch.equal(ops.phi_q, clean.phi_q)
+        assert torch.equal(ops.phi_k, clean.phi_k)
+        assert ops.rank == 4

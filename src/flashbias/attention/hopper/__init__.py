@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from importlib.util import find_spec
 
 import torch
@@ -91,6 +90,8 @@ def _unsupported_bias(call: Call) -> str | None:
         return "a bias with a table"
     if packing.is_packed(bias.phi_q, bias.phi_k, query.dtype) and call.seqlen_k > LONGEST:
         return f"{call.seqlen_k} keys beside float32 factors, more than {LONGEST}"
+    if bias.ranks is not None and {bias.phi_q.shape[-3], bias.phi_k.shape[-3]} != {len(bias.ranks)}:
+        return "ranks that differ between heads which share a factor"
     columns = _columns(call)
     if columns > WIDEST_FACTORS:
         return f"rank {bias.rank}, which packs into {columns} columns, more than {WIDEST_FACTORS}"
@@ -114,8 +115,6 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
     Returns:
         Output `[*batch, H, N, head_dim_v]` and, if asked for, the log-sum-exp, float32 `[*batch, H, N]`.
     """
-    if call.bias is not None:
-        call = replace(call, bias=call.bias.without_ranks())
     return registration.run(call, "hopper.repeatable" if call.deterministic else "hopper")
 
 

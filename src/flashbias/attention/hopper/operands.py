@@ -13,24 +13,33 @@ from torch import Tensor
 from flashbias.attention.hopper.configs import ready_columns
 from flashbias.attention.hopper.gluon import TensorDescriptor, gl
 from flashbias.attention.hopper.pack import ReadyFactors
-from flashbias.attention.triton.operands import Operands
+from flashbias.attention.triton.operands import Operands, ranks_on
 
 __all__ = ["HopperOperands", "addressable", "descriptor", "is_addressable", "layout_of", "matrix"]
 
 ALIGNMENT = 16
 """Bytes to which the copy engine wants every row to be aligned."""
 
+RANKS = 14
+"""Place of `ranks` among the arguments that the operators share; factors are at 3 and 4."""
+
 _ELEMENTS = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 
 
 class HopperOperands(Operands):
-    """`Operands` with factors that one product turns into a bias over scale."""
+    """`Operands` with factors that one product turns into a bias over scale; all heads have all of their columns."""
 
     factors_type = ReadyFactors
 
     @classmethod
     def of(cls, *arguments: Any) -> Self:
-        """As `Operands.of`; tensors that the copy engine cannot address are copied."""
+        """As `Operands.of`; what the copy engine cannot address is copied, columns that a head lacks become zeros."""
+        *first, phi_q, phi_k = arguments[:5]
+        ranks = arguments[RANKS]
+        if ranks:
+            padding = _padding(tuple(ranks), phi_q.shape[-1], phi_q.device)
+            factors = (phi.masked_fill(padding, 0.0) for phi in (phi_q, phi_k))
+            arguments = (*first, *factors, *arguments[5:RANKS], [], *arguments[RANKS + 1 :])
         ops = super().of(*arguments)
         return replace(ops, **{name: addressable(getattr(ops, name)) for name in "qkv"})
 
@@ -50,6 +59,13 @@ class HopperOperands(Operands):
     def shift(self) -> int:
         """Of the diagonal, where the ends of queries and keys are aligned."""
         return self.seqlen_k - self.seqlen_q if self.bottom_right else 0
+
+
+@functools.lru_cache(maxsize=256)
+@torch.inference_mode(mode=False)
+def _padding(ranks: tuple[int, ...], width: int, device: torch.device) -> Tensor:
+    """`[H, 1, R]`, True in the columns that a head lacks."""
+    return torch.arange(width, device=device) >= ranks_on(ranks, device)[:, None, None]
 
 
 def descriptor(x: Tensor, rows: int, columns: int) -> Any:

@@ -18,13 +18,20 @@ from flashbias.attention.layout import Sharing, cdiv, flatten_heads, next_power_
 from flashbias.attention.triton.configs import WIDEST_SPLIT
 from flashbias.attention.triton.pack import Factors
 
-__all__ = ["Operands", "flattened"]
+__all__ = ["Operands", "flattened", "ranks_on"]
 
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a GPU (1 under the interpreter)."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@functools.lru_cache(maxsize=256)
+@torch.inference_mode(mode=False)
+def ranks_on(ranks: tuple[int, ...], device: torch.device) -> Tensor:
+    """Ranks of heads on a device, copied once: a copy for each call would wait for all that the GPU has to do."""
+    return torch.tensor(ranks, dtype=torch.int32, device=device)
 
 
 @dataclass(frozen=True)
@@ -89,8 +96,7 @@ class Operands:
         if phi_q is not None and phi_k is not None:
             sharing_q, sharing_k = _shared(full, phi_q), _shared(full, phi_k)
             if ranks:
-                per_head = list(ranks) * (query.shape[-3] // len(ranks))
-                per_head_ranks = torch.tensor(per_head, dtype=torch.int32, device=query.device)
+                per_head_ranks = ranks_on(tuple(ranks) * (query.shape[-3] // len(ranks)), query.device)
         mask, sharing_mask = None, everyone
         if attn_mask is not None:
             mask = flatten_heads(attn_mask).view(torch.uint8)

@@ -1,0 +1,46 @@
+"""What several runs of a field have measured stands in one file, each part from one run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from benchmarks.fields.record import joined, merge
+from benchmarks.record import read, store
+
+
+def rows(part: str, *times: float) -> list[dict[str, object]]:
+    return [{"part": part, "ms": ms, "status": "ok"} for ms in times]
+
+
+def test_a_later_run_replaces_its_parts_alone():
+    about = {"commit": "a", "summary": {"x": 1, "y": 1}}
+    found, summary = joined(rows("speed", 1.0) + rows("train", 2.0), about, rows("speed", 3.0, 4.0), {"y": 2})
+    assert [(row["part"], row["ms"]) for row in found] == [("train", 2.0), ("speed", 3.0), ("speed", 4.0)]
+    assert summary == {"x": 1, "y": 2, "kept": {"train": "a"}}
+
+
+def test_the_first_commit_of_a_part_is_kept():
+    about = {"commit": "b", "summary": {"kept": {"train": "a"}}}
+    _, summary = joined(rows("train", 1.0) + rows("speed", 1.0), about, rows("layer", 1.0), {})
+    assert summary == {"kept": {"train": "a", "speed": "b"}}
+    _, summary = joined(rows("train", 1.0), about, rows("train", 1.0), {})
+    assert summary == {}
+
+
+def test_columns_of_both_stay():
+    found, _ = joined([{"part": "a", "old": 1}], {}, [{"part": "b", "new": 2}], {})
+    assert found == [{"part": "a", "new": "", "old": 1}, {"part": "b", "new": 2, "old": ""}]
+
+
+def test_merging_two_folders(tmp_path: Path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder, part, commit in ((first, "train", "a"), (second, "speed", "b")):
+        folder.mkdir()
+        store(folder, "mesh", rows(part, 1.0), {"commit": commit, "summary": {part: 1}})
+    merge(first, second, "mesh")
+    found, about = read(first, "mesh")
+    assert [row["part"] for row in found] == ["train", "speed"]
+    assert about == {"commit": "b", "summary": {"train": 1, "speed": 1, "kept": {"train": "a"}}}
+    with pytest.raises(FileNotFoundError, match="weather"):
+        merge(first, second, "weather")
