@@ -139,7 +139,7 @@ def joined(
     before = about.get("summary", {})
     commits = before.get("kept", {})
     found = {str(row["part"]): commits.get(row["part"], about.get("commit")) for row in kept}
-    whole = {**before, **summary}
+    whole: dict[str, object] = {**before, **summary}
     whole.pop("kept", None)
     return [empty | row for row in (*kept, *rows)], whole | ({"kept": found} if found else {})
 
