@@ -155,7 +155,7 @@ def attention_block(call: Call, impl: str = "auto") -> tuple[Tensor, Tensor]:
     """
     with torch.no_grad():
         if block_implementation(call, impl) == "triton":
-            out, lse = torch.ops.flashbias.attention_forward(*registration.operands(call), "triton")
+            out, lse = registration.attention_forward(*registration.operands(call), "triton")
             return out, _restored(call, lse)
         return _join(call, _reference_forward)
 
@@ -270,7 +270,7 @@ def _kernel_backward(
     """The backward operator, told to measure from `delta` alone: an output of zeros, and `-delta` as `dlse`."""
     centred_lse = (lse - _row_constant(call, "triton")).float()
     nothing = call.query.new_zeros(call.value.shape[-1]).expand(*call.query.shape[:-1], -1)
-    grads = torch.ops.flashbias.attention_backward(
+    grads = registration.attention_backward(
         dout.to(call.query.dtype).contiguous(),
         -delta.float(),
         nothing,

@@ -7,7 +7,7 @@ One forward and one backward operator serve every kernel implementation; `impl` 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,8 +23,7 @@ UNBOUNDED = -1
 """What stands for an open side of a window in the operators' schema."""
 
 
-@torch.library.custom_op("flashbias::attention_forward", mutates_args=())
-def attention_forward(
+def _forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -55,13 +54,11 @@ def attention_forward(
     return out, lse
 
 
-@attention_forward.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _output_like(query, value), _lse_like(query)
 
 
-@torch.library.custom_op("flashbias::attention_backward", mutates_args=())
-def attention_backward(
+def _backward(
     dout: Tensor,
     dlse: Tensor | None,
     out: Tensor,
@@ -96,8 +93,7 @@ def attention_backward(
     return grads
 
 
-@attention_backward.register_fake
-def _(
+def _fake_backward(
     dout: Tensor,
     dlse: Tensor | None,
     out: Tensor,
@@ -170,36 +166,79 @@ def _gradients_like(inputs: Sequence[Tensor | None], needs_grad: Sequence[bool])
 # -------------------------------------------------------------------- autograd
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    tensors, ctx.options = inputs[:12], inputs[12:]
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *output)
+class _Differentiable(torch.autograd.Function):
+    """The forward operator with a gradient: calls below autograd, in place of the dispatcher's own bookkeeping."""
+
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        out, lse = _below_autograd(attention_forward, keyset, inputs)
+        tensors, ctx.options = inputs[:12], inputs[12:]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, out, lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        *tensors, out, lse = ctx.saved_tensors
+        needs_grad = list(ctx.needs_input_grad[1:7])
+        if dout is None:
+            dout = torch.zeros_like(out)
+        grads = attention_backward(dout, dlse, out, lse, needs_grad, *tensors, *ctx.options)
+        wanted = [grad if need else None for grad, need in zip(grads, needs_grad, strict=True)]
+        return (None, *wanted, *(None for _ in range(len(tensors) - 6 + len(ctx.options))))
 
 
-def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, out, lse = ctx.saved_tensors
-    needs_grad = list(ctx.needs_input_grad[:6])
-    if dout is None:
-        dout = torch.zeros_like(out)
-    grads = attention_backward(dout, dlse, out, lse, needs_grad, *tensors, *ctx.options)
-    wanted = [grad if need else None for grad, need in zip(grads, needs_grad, strict=True)]
-    return (*wanted, *(None for _ in range(len(tensors) - 6 + len(ctx.options))))
+class _OnceDifferentiable(torch.autograd.Function):
+    """The backward operator, which has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        return tuple(_below_autograd(attention_backward, keyset, inputs))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        raise NotImplementedError(
+            "the kernels have no second derivative (double backward); use attention(..., impl='reference')"
+        )
 
 
-attention_forward.register_autograd(_backward, setup_context=_setup_context)
+def _below_autograd(operator: Any, keyset: Any, inputs: tuple[Any, ...]) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
 
 
-def _no_second_derivative(ctx: Any, *grads: Any) -> tuple[None, ...]:
-    raise NotImplementedError(
-        "the kernels have no second derivative (double backward); use attention(..., impl='reference')"
-    )
+def _autograd_forward(keyset: Any, *inputs: Any) -> Any:
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+        return _Differentiable.apply(keyset, *inputs)
+    return _below_autograd(attention_forward, keyset, inputs)
 
 
-def _setup_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    pass
+def _autograd_backward(keyset: Any, *inputs: Any) -> list[Tensor]:
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+        return list(_OnceDifferentiable.apply(keyset, *inputs))
+    return _below_autograd(attention_backward, keyset, inputs)
 
 
-attention_backward.register_autograd(_no_second_derivative, setup_context=_setup_nothing)
+# -------------------------------------------------------------------- the operators
+
+
+def _operator(name: str, run: Callable[..., Any], fake: Callable[..., Any], autograd: Callable[..., Any]) -> Any:
+    """Define `flashbias::name` by its parts.
+
+    `torch.library.custom_op` does the same, and more for each call: it compares the storage of outputs with that of
+    inputs and completes default arguments, which takes the host longer than all of a forward pass.
+    """
+    _LIBRARY.define(name + torch.library.infer_schema(run, mutates_args=()))
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"flashbias::{name}", fake, lib=_LIBRARY)
+    _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
+    return getattr(torch.ops.flashbias, name).default
+
+
+_LIBRARY = torch.library.Library("flashbias", "FRAGMENT")
+
+attention_forward = _operator("attention_forward", _forward, _fake_forward, _autograd_forward)
+attention_backward = _operator("attention_backward", _backward, _fake_backward, _autograd_backward)
 
 
 # -------------------------------------------------------------------- from a call to the operator
@@ -216,7 +255,7 @@ def run(call: Call, impl: str) -> tuple[Tensor, Tensor | None]:
         Output, and the log-sum-exp if asked for, with what centring took from it put back.
     """
     bias, layout = call.bias, call.varlen
-    out, lse = attention_forward(*operands(call), impl)  # pyright: ignore[reportArgumentType]
+    out, lse = attention_forward(*operands(call), impl)
     if not call.return_lse:
         return out, None
     is_centred = layout is None and bias is not None and packing.is_packed(bias.phi_q, bias.phi_k, call.query.dtype)

@@ -45,7 +45,7 @@ def launch(
     ops = HopperOperands.of(*arguments)
     config = chosen(ops, needs_grad)
     if config is None:
-        portable.launch(grads, dout, dlse, out, lse, needs_grad, *arguments)
+        portable.launch_as(ops.portable(), grads, dout, dlse, out, lse, needs_grad)
     else:
         launch_as(config, ops, grads, dout, dlse, out, lse, needs_grad)
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, Self
 
 import torch
@@ -42,6 +42,10 @@ class HopperOperands(Operands):
             arguments = (*first, *factors, *arguments[5:RANKS], [], *arguments[RANKS + 1 :])
         ops = super().of(*arguments)
         return replace(ops, **{name: addressable(getattr(ops, name)) for name in "qkv"})
+
+    def portable(self) -> Operands:
+        """The same call for the portable kernels, which bring factors into a form of their own."""
+        return Operands(*(getattr(self, field.name) for field in fields(Operands)))
 
     @property
     def columns(self) -> int:

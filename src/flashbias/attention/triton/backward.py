@@ -120,7 +120,19 @@ def launch(
         needs_grad: which of the six are needed.
         *arguments: those that the operators share (`attention/registration.py`).
     """
-    ops = Operands.of(*arguments)
+    launch_as(Operands.of(*arguments), grads, dout, dlse, out, lse, needs_grad)
+
+
+def launch_as(
+    ops: Operands,
+    grads: list[torch.Tensor],
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    needs_grad: tuple[bool, ...],
+) -> None:
+    """Fill the gradients of a call that is flattened already."""
     dout = flattened(dout)
     lse2, delta = rows_of(ops, dout, dlse, ops.flat(out), lse)
     need_q, need_k, need_v, need_phi_q, need_phi_k, need_table = needs_grad
@@ -257,20 +269,20 @@ def _launch_walk(
     block_g = factors.block_r if factors is not None and in_registers else min(64, max(16, next_power_of_2(rank)))
     for first_column in range(0, max(rank, 1), block_g):
         kernel[(blocks * walk.sharing.groups, splits)](
-            **ops.tensors(),
+            **ops.tensors,
             **arguments,
             dphi_ptr=partial,
-            **ops.strides(),
+            **ops.strides,
             stride_dphi_s=partial.stride(0) if rank else 0,
             stride_dphi_f=partial.stride(1) if rank else 0,
             stride_dphi=rank,
-            **ops.numbers(),
+            **ops.numbers,
             **dict(zip(("walk_s1", "walk_v2", "walk_s2"), walk.sharing.sizes, strict=True)),
             num_blocks=blocks,
             num_members=walk.sharing.members,
             members_per_split=cdiv(walk.sharing.members, splits),
             first_column=first_column,
-            **ops.flags(),
+            **ops.flags,
             **own_flags(first_column == 0),
             SECOND_PART=rank if ops.needs_two_parts else 0,
             PHI_IN_REGISTERS=in_registers,

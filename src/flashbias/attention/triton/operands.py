@@ -247,6 +247,7 @@ class Operands:
 
     # ---------------------------------------------------------------- kernel arguments
 
+    @functools.cached_property
     def tensors(self) -> dict[str, Tensor | None]:
         """Pointers that every kernel takes."""
         factors = self.factors
@@ -268,6 +269,7 @@ class Operands:
             "seed_ptr": self.dropout_seed,
         }
 
+    @functools.cached_property
     def strides(self) -> dict[str, int]:
         """Strides that every kernel takes, in elements."""
         result = {}
@@ -299,6 +301,7 @@ class Operands:
         result |= dict(zip(("stride_mask_f", "stride_mask_m", "stride_mask_n"), mask, strict=True))
         return result
 
+    @functools.cached_property
     def numbers(self) -> dict[str, int | float]:
         """Sizes and factors that every kernel takes."""
         factors = self.factors
@@ -322,6 +325,7 @@ class Operands:
             result |= dict(zip((f"{name}_s1", f"{name}_v2", f"{name}_s2"), sharing.sizes, strict=True))
         return result
 
+    @functools.cached_property
     def flags(self) -> dict[str, Any]:
         """Compile-time constants that every kernel takes."""
         factors = self.factors

@@ -309,18 +309,18 @@ def launch(
     sums = torch.zeros(grad.shape, dtype=torch.int64, device=grad.device)
     fixed = _fixed_point(ops, dout, dlse)
     _bwd_dtable_kernel[(programs, splits)](
-        **ops.tensors(),
+        **ops.tensors,
         **rows,
         sum_ptr=sums,
         fixed_ptr=fixed,
-        **ops.strides(),
-        **ops.numbers(),
+        **ops.strides,
+        **ops.numbers,
         **dict(zip(("walk_s1", "walk_v2", "walk_s2"), sharing.sizes, strict=True)),
         num_blocks_m=blocks_m,
         num_blocks_n=blocks_n,
         num_members=sharing.members,
         members_per_split=cdiv(sharing.members, splits),
-        **ops.flags(),
+        **ops.flags,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         num_warps=config.num_warps,
