@@ -120,7 +120,7 @@ class Record:
 
 
 def joined(
-    earlier: Sequence[Row], about: Mapping[str, Any], rows: Sequence[Row], summary: Mapping[str, object]
+    earlier: Sequence[Row], about: Mapping[str, Any], rows: Sequence[Row], summary: Mapping[str, Any]
 ) -> tuple[list[Row], dict[str, object]]:
     """Rows of an earlier run and of a later one, which replaces every part that it has.
 
@@ -140,6 +140,7 @@ def joined(
     commits = before.get("kept", {})
     found = {str(row["part"]): commits.get(row["part"], about.get("commit")) for row in kept}
     whole: dict[str, object] = {**before, **summary}
+    found |= summary.get("kept", {})
     whole.pop("kept", None)
     return [empty | row for row in (*kept, *rows)], whole | ({"kept": found} if found else {})
 

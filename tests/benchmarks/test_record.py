@@ -28,6 +28,12 @@ def test_the_first_commit_of_a_part_is_kept():
     assert summary == {}
 
 
+def test_what_the_later_run_had_kept_itself_stays():
+    later = {"kept": {"train": "a"}}
+    _, summary = joined(rows("train", 1.0), {"commit": "z"}, rows("train", 1.0) + rows("speed", 1.0), later)
+    assert summary == {"kept": {"train": "a"}}
+
+
 def test_columns_of_both_stay():
     found, _ = joined([{"part": "a", "old": 1}], {}, [{"part": "b", "new": 2}], {})
     assert found == [{"part": "a", "new": "", "old": 1}, {"part": "b", "new": 2, "old": ""}]

@@ -92,4 +92,5 @@ def _bars(axis: Any, scope: str, found: Mapping[tuple[str, int, str], Mapping[st
         bar.set_color("C1" if "factors" in name else "0.8" if name.startswith("no bias") else "C0")
     axis.bar_label(bars, fmt="%.3g ms", padding=2, fontsize=8)
     axis.margins(x=0.2)
-    axis.set(title=f"{'Pairformer block' if scope == 'block' else 'triangle attention'}, {key[1]:,} tokens, forward")
+    axis.set(title=f"{'Pairformer block' if scope == 'block' else 'triangle attention'}, {key[1]:,} tokens")
+    axis.set(xlabel="milliseconds, forward")

@@ -24,9 +24,6 @@ LONGEST = packing.TILE_CENTRE_FROM
 UNEVEN = 2
 """Times the mean rank of the heads that the largest is, from which on heads are not all given the largest."""
 
-NARROW_HEAD, FEW_COLUMNS = 32, 64
-"""Heads so narrow that more packed columns than this cost more than the portable kernels' slower loop."""
-
 FEWEST_KEYS = 64
 """Keys of a tile; where factors fill the shared memory there is room for fewer, and steps cost more than scores."""
 
@@ -122,9 +119,8 @@ def is_slower(call: Call) -> bool:
     """Whether the portable kernels should be faster (docs/kernels.md); the limits lie between what was measured."""
     widths = columns_of(call.query.shape[-1]), columns_of(call.value.shape[-1])
     columns = _columns(call)
-    is_crowded = max(widths) <= NARROW_HEAD and columns > FEW_COLUMNS
     is_cramped = forward_config(*widths, columns).block_n < FEWEST_KEYS
-    return is_crowded or is_cramped or call.seqlen_q <= SHORT or _is_uneven(call.bias)
+    return is_cramped or call.seqlen_q <= SHORT or _is_uneven(call.bias)
 
 
 def _is_uneven(bias: FactoredBias | None) -> bool:
