@@ -342,7 +342,7 @@ def _unavailable(name: str) -> str | None:
 def _choose(call: Call, impl: str) -> Explanation:
     if impl != "auto" and impl not in _MODULES:
         raise ValueError(f"impl must be 'auto' or one of {sorted(_MODULES)}, got {impl!r}")
-    reasons = {name: _unavailable(name) or _MODULES[name].unsupported(call) for name in _MODULES}
+    reasons = {name: _obstacle(name, call) for name in _MODULES}
     possible = [name for name, reason in reasons.items() if reason is None]
     if possible[:2] == ["hopper", "triton"] and hopper.is_slower(call):
         possible = possible[1:]
@@ -358,11 +358,28 @@ def _choose(call: Call, impl: str) -> Explanation:
     return Explanation(impl, reasons)
 
 
-def _run(call: Call, impl: str) -> Tensor | tuple[Tensor, Tensor]:
-    chosen = _choose(call, impl)
+def _obstacle(name: str, call: Call) -> str | None:
+    return _unavailable(name) or _MODULES[name].unsupported(call)
+
+
+def _chosen(call: Call, impl: str) -> str:
+    """As `_choose`, without asking those that cannot change the answer; it asks all where that is to be told."""
     if not torch.compiler.is_compiling() and logger.isEnabledFor(logging.DEBUG):
+        chosen = _choose(call, impl)
         logger.debug("attention %s takes %s\n%s", tuple(call.query.shape), chosen.impl, chosen)
-    out, lse = empty_output(call) if call.is_empty else _MODULES[chosen.impl].run(call)
+        return chosen.impl
+    if impl in _MODULES and _obstacle(impl, call) is None:
+        return impl
+    if impl == "auto" and call.query.device.type != "cpu":
+        first = next(name for name in _MODULES if _obstacle(name, call) is None)
+        is_overtaken = first == "hopper" and hopper.is_slower(call) and _obstacle("triton", call) is None
+        return "triton" if is_overtaken else first
+    return _choose(call, impl).impl
+
+
+def _run(call: Call, impl: str) -> Tensor | tuple[Tensor, Tensor]:
+    chosen = _chosen(call, impl)
+    out, lse = empty_output(call) if call.is_empty else _MODULES[chosen].run(call)
     return _result(call, out, lse)
 
 
@@ -424,9 +441,9 @@ def _checked(
         deterministic = torch.are_deterministic_algorithms_enabled()
     batch = broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
     return Call(
-        query=query.expand(*batch, *query.shape[-3:]),
-        key=key.expand(*batch, *key.shape[-3:]),
-        value=value.expand(*batch, *value.shape[-3:]),
+        query=_expanded(query, batch),
+        key=_expanded(key, batch),
+        value=_expanded(value, batch),
         bias=bias,
         attn_mask=attn_mask,
         window_left=left,
@@ -438,6 +455,11 @@ def _checked(
         return_lse=return_lse,
         varlen=varlen,
     )
+
+
+def _expanded(x: Tensor, batch: torch.Size) -> Tensor:
+    """The tensor with all batch dimensions; as it is where it has them, since a view costs time in both passes."""
+    return x if x.shape[:-3] == batch else x.expand(*batch, *x.shape[-3:])
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -504,7 +526,7 @@ def _check_kind(bias: object) -> None:
 
 
 def _check_bias(bias: FactoredBias | MixedBias, query: Tensor, key: Tensor) -> None:
-    seqlen_q, seqlen_k = bias.shape[-2:]
+    *lead, seqlen_q, seqlen_k = bias.shape
     if (seqlen_q, seqlen_k) != (query.shape[-2], key.shape[-2]):
         raise ValueError(
             f"bias is for {seqlen_q} queries and {seqlen_k} keys, "
@@ -512,7 +534,7 @@ def _check_bias(bias: FactoredBias | MixedBias, query: Tensor, key: Tensor) -> N
         )
     if bias.device != query.device:
         raise ValueError(f"bias is on {bias.device} and query on {query.device}; must be on one device")
-    _check_broadcast("bias", tuple(bias.shape[:-2]), query.shape[:-2])
+    _check_broadcast("bias", tuple(lead), query.shape[:-2])
 
 
 def _check_broadcast(name: str, lead: tuple[int, ...], target: torch.Size) -> None:

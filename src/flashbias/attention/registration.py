@@ -6,8 +6,11 @@ One forward and one backward operator serve every kernel implementation; `impl` 
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,6 +19,7 @@ from torch import Tensor
 from flashbias.attention import packing
 from flashbias.attention.call import Call
 from flashbias.attention.layout import storable
+from flashbias.factored import FactoredBias
 
 __all__ = ["operands", "run"]
 
@@ -23,6 +27,8 @@ UNBOUNDED = -1
 """What stands for an open side of a window in the operators' schema."""
 
 
+# `torch.compiler.disable` would load Dynamo together with this module; what launches kernels is not for it to trace.
+@torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
 def _forward(
     query: Tensor,
     key: Tensor,
@@ -47,10 +53,12 @@ def _forward(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of centred scores (see `packing.row_constant`)."""
-    module = importlib.import_module(f"flashbias.attention.{impl}.forward")
     out = _output_like(query, value)
     lse = _lse_like(query)
-    module.launch(out, lse, *_arguments(locals()))
+    _module(impl, "forward").launch(
+        out, lse, query, key, value, phi_q, phi_k, table, code_q, code_k, attn_mask, cu_seqlens_q, cu_seqlens_k,
+        dropout_seed, max_seqlen_q, max_seqlen_k, ranks, scale, window_left, window_right, bottom_right, dropout_p,
+    )  # fmt: skip
     return out, lse
 
 
@@ -58,6 +66,7 @@ def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[T
     return _output_like(query, value), _lse_like(query)
 
 
+@torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
 def _backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -87,9 +96,12 @@ def _backward(
     impl: str,
 ) -> list[Tensor]:
     """Gradients of query, key, value, phi_q, phi_k, table; an empty tensor for each that is not needed."""
-    module = importlib.import_module(f"flashbias.attention.{impl}.backward")
     grads = _gradients_like((query, key, value, phi_q, phi_k, table), needs_grad)
-    module.launch(grads, dout, dlse, out, lse, tuple(needs_grad), *_arguments(locals()))
+    _module(impl, "backward").launch(
+        grads, dout, dlse, out, lse, tuple(needs_grad), query, key, value, phi_q, phi_k, table, code_q, code_k,
+        attn_mask, cu_seqlens_q, cu_seqlens_k, dropout_seed, max_seqlen_q, max_seqlen_k, ranks, scale, window_left,
+        window_right, bottom_right, dropout_p,
+    )  # fmt: skip
     return grads
 
 
@@ -110,33 +122,9 @@ def _fake_backward(
     return _gradients_like((query, key, value, phi_q, phi_k, table), needs_grad)
 
 
-_SHARED = (
-    "query",
-    "key",
-    "value",
-    "phi_q",
-    "phi_k",
-    "table",
-    "code_q",
-    "code_k",
-    "attn_mask",
-    "cu_seqlens_q",
-    "cu_seqlens_k",
-    "dropout_seed",
-    "max_seqlen_q",
-    "max_seqlen_k",
-    "ranks",
-    "scale",
-    "window_left",
-    "window_right",
-    "bottom_right",
-    "dropout_p",
-)
-
-
-def _arguments(names: dict[str, Any]) -> tuple[Any, ...]:
-    """What forward and backward have in common, in the order of the schema."""
-    return tuple(names[name] for name in _SHARED)
+@functools.cache
+def _module(impl: str, which: str) -> ModuleType:
+    return importlib.import_module(f"flashbias.attention.{impl}.{which}")
 
 
 def _like(x: Tensor) -> Tensor:
@@ -171,7 +159,7 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, keyset: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        out, lse = _below_autograd(attention_forward, keyset, inputs)
+        out, lse = _below_autograd(attention_forward, _forward, keyset, inputs)
         tensors, ctx.options = inputs[:12], inputs[12:]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, out, lse)
@@ -193,7 +181,7 @@ class _OnceDifferentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, keyset: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        return tuple(_below_autograd(attention_backward, keyset, inputs))
+        return tuple(_below_autograd(attention_backward, _backward, keyset, inputs))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -202,21 +190,29 @@ class _OnceDifferentiable(torch.autograd.Function):
         )
 
 
-def _below_autograd(operator: Any, keyset: Any, inputs: tuple[Any, ...]) -> Any:
+_DEVICES = (torch._C.DispatchKey.CUDA, torch._C.DispatchKey.CPU)
+
+
+def _below_autograd(operator: Any, kernels: Callable[..., Any], keyset: Any, inputs: tuple[Any, ...]) -> Any:
+    """What stands below autograd: a mode or a subclass of tensors if there is one, else the kernels."""
+    keyset = keyset & torch._C._after_autograd_keyset
     with torch._C._AutoDispatchBelowAutograd():
-        return operator.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+        # The dispatcher would end in the same function, after it had taken all arguments apart once more.
+        if keyset.highestPriorityTypeId() in _DEVICES:
+            return kernels(*inputs)
+        return operator.redispatch(keyset, *inputs)
 
 
 def _autograd_forward(keyset: Any, *inputs: Any) -> Any:
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
         return _Differentiable.apply(keyset, *inputs)
-    return _below_autograd(attention_forward, keyset, inputs)
+    return _below_autograd(attention_forward, _forward, keyset, inputs)
 
 
 def _autograd_backward(keyset: Any, *inputs: Any) -> list[Tensor]:
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
         return list(_OnceDifferentiable.apply(keyset, *inputs))
-    return _below_autograd(attention_backward, keyset, inputs)
+    return _below_autograd(attention_backward, _backward, keyset, inputs)
 
 
 # -------------------------------------------------------------------- the operators
@@ -228,7 +224,7 @@ def _operator(name: str, run: Callable[..., Any], fake: Callable[..., Any], auto
     `torch.library.custom_op` does the same, and more for each call: it compares the storage of outputs with that of
     inputs and completes default arguments, which takes the host longer than all of a forward pass.
     """
-    _LIBRARY.define(name + torch.library.infer_schema(run, mutates_args=()))
+    _LIBRARY.define(name + torch.library.infer_schema(inspect.unwrap(run), mutates_args=()))
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"flashbias::{name}", fake, lib=_LIBRARY)
     _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
@@ -271,20 +267,13 @@ def operands(call: Call) -> tuple[object, ...]:
         call: the request.
     """
     bias, layout = call.bias, call.varlen
-    full = tuple(call.query.shape[:-2])
-    has_factors = bias is not None and bias.rank > 0
-    has_codes = bias is not None and bias.table is not None and not (bias.code_q is None and bias.code_k is None)
-    codes = bias.codes() if bias is not None and has_codes else (None, None)
     seed = torch.randint(0, 2**31 - 1, (), device=call.query.device) if call.dropout_p > 0 else None
     return (
         call.query,
         call.key,
         call.value,
-        storable(bias.phi_q, full) if bias is not None and has_factors else None,
-        storable(bias.phi_k, full) if bias is not None and has_factors else None,
-        None if bias is None else bias.table,
-        *codes,
-        None if call.attn_mask is None else storable(call.attn_mask, full),
+        *_parts(bias, call.query),
+        None if call.attn_mask is None else _addressed(call.attn_mask, call.query),
         None if layout is None else layout.cu_seqlens_q,
         None if layout is None else layout.cu_seqlens_k,
         seed,
@@ -297,3 +286,18 @@ def operands(call: Call) -> tuple[object, ...]:
         call.bottom_right,
         call.dropout_p,
     )
+
+
+def _parts(bias: FactoredBias | None, query: Tensor) -> tuple[Tensor | None, ...]:
+    """phi_q, phi_k, table, code_q, code_k; None for each that the kernels do without."""
+    if bias is None:
+        return (None,) * 5
+    factors = (_addressed(bias.phi_q, query), _addressed(bias.phi_k, query)) if bias.rank > 0 else (None, None)
+    if bias.table is None or (bias.code_q is None and bias.code_k is None):
+        return *factors, bias.table, None, None
+    return *factors, bias.table, *bias.codes()
+
+
+def _addressed(x: Tensor, query: Tensor) -> Tensor:
+    """As `storable`, which finds nothing to do for up to three leading dimensions: four levels describe any of them."""
+    return x if query.dim() <= 5 else storable(x, tuple(query.shape[:-2]))

@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flashbias as fb
-from flashbias.attention import hopper, packing, triton
+from flashbias.attention import hopper, packing, sdpa, triton
 from flashbias.attention.call import Call, VarlenLayout
 
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -160,6 +160,23 @@ class TestChoice:
         few = fb.explain(*self.tensors("cuda", n=16))
         assert few.impl == "triton"
         assert "16 queries" in str(few.reasons["hopper"])
+
+    @pytest.mark.parametrize(("impl", "n"), [("auto", 64), ("auto", 16), ("hopper", 64), ("triton", 64)])
+    @pytest.mark.parametrize("is_slower", [False, True])
+    def test_a_call_runs_what_is_explained(
+        self, impl: str, n: int, is_slower: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A call asks no more implementations than it needs; the answer is that of asking all."""
+        taken = []
+        for name, kernels in (("hopper", hopper), ("triton", triton)):
+            monkeypatch.setattr(kernels, "unavailable", lambda: None)
+            monkeypatch.setattr(kernels, "run", lambda call, name=name: (taken.append(name) or call.query, None))
+        monkeypatch.setattr(hopper, "is_slower", lambda call: is_slower)
+        query, key, value = self.tensors("cuda", n=n)
+        explained = fb.explain(query, key, value, impl=impl)
+        monkeypatch.setattr(sdpa, "unsupported", lambda call: pytest.fail("sdpa was asked"))
+        fb.attention(query, key, value, impl=impl)
+        assert taken == [explained.impl]
 
     def test_a_named_one_never_falls_back(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(hopper, "unavailable", lambda: None)

@@ -373,7 +373,7 @@ def no_portable_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     def elsewhere(*_: Any) -> None:
         raise ElsewhereError
 
-    monkeypatch.setattr(backward.portable, "launch", elsewhere)
+    monkeypatch.setattr(backward.portable, "launch_as", elsewhere)
 
 
 def run(problem: Problem, wanted: tuple[str, ...], with_dlse: bool) -> tuple[Results, bool]:

@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction
 
 from flashbias.attention.hopper import backward, forward
 from flashbias.attention.hopper.gluon import TensorDescriptor
-from flashbias.attention.hopper.operands import RANKS, HopperOperands
+from flashbias.attention.hopper.operands import RANKS, HopperOperands, descriptor, layout_of
 
 BATCH, HEADS, N, D = 2, 3, 96, 32
 
@@ -106,6 +106,18 @@ def test_every_layout_is_addressable(layout: Any, descriptors: list[Any]) -> Non
         assert x.strides[-1] == 1
         assert x.base.data_ptr() % 16 == 0
         assert all(step > 0 and step % 16 == 0 for step in steps)
+
+
+def test_tensors_that_are_alike_have_descriptors_of_their_own() -> None:
+    a, b = torch.zeros(2, 1, 3, 64, 32, dtype=torch.bfloat16)
+    first, second, other = descriptor(a, 16, 32), descriptor(b, 16, 32), descriptor(a, 32, 32)
+    assert first.base is a and second.base is b
+    checked = TensorDescriptor(
+        a, list(a.shape), [16, *a.stride()[1:]], [1, 1, 16, 32], layout_of((1, 1, 16, 32), a.dtype)
+    )
+    assert {**vars(first), "base": None} == {**vars(checked), "base": None}
+    assert first.block_shape == second.block_shape == [1, 1, 16, 32]
+    assert other.block_shape == [1, 1, 32, 32]
 
 
 class TestRanks:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import flashbias as fb
@@ -64,6 +65,46 @@ class IntegrationSuite:
             needs = [index == needed for index in range(6)]
             grads = registration.attention_backward(torch.ones_like(out), None, out, lse, needs, *arguments)
             assert [bool(g.numel()) for g in grads] == needs
+
+    def test_modes_see_both_operators(self) -> None:
+        """Below autograd too the call is one operator, whose kernels nobody looks into."""
+        seen: set[str] = set()
+
+        class Watch(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                seen.add(func.name())
+                return func(*args, **(kwargs or {}))
+
+        leaves = self.tensors()
+        with Watch():
+            found = torch.autograd.grad(self.attend(*leaves).sum(), leaves)
+        assert {name for name in seen if "flashbias" in name} == {
+            "flashbias::attention_forward",
+            "flashbias::attention_backward",
+        }
+        wanted = torch.autograd.grad(self.attend(*leaves).sum(), leaves)
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+    def test_without_gradients_there_is_no_graph(self) -> None:
+        leaves = self.tensors()
+        with torch.no_grad():
+            assert self.attend(*leaves).grad_fn is None
+        with torch.inference_mode():
+            assert self.attend(*leaves).is_inference()
+        assert self.attend(*(x.detach() for x in leaves)).grad_fn is None
+
+    def test_a_compiled_region_may_hold_the_backward_pass(self) -> None:
+        """There the graph ends, and both operators are called while the compiler looks at every frame."""
+        torch.compiler.reset()
+
+        def step(*leaves: Tensor) -> list[Tensor | None]:
+            torch._dynamo.graph_break()
+            self.attend(*leaves).sum().backward()
+            return [x.grad for x in leaves]
+
+        found = torch.compile(step, backend="eager")(*self.tensors())
+        wanted = step(*self.tensors())
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))  # type: ignore[arg-type]
 
     def test_no_second_derivative(self) -> None:
         leaves = self.tensors()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from importlib.util import find_spec
 
 import torch
@@ -41,7 +42,13 @@ def unavailable() -> str | None:
     """What keeps the kernels from running on this machine at all, None if nothing."""
     if not torch.cuda.is_available() or torch.version.hip is not None:
         return "no CUDA device"
-    major, minor = torch.cuda.get_device_capability()
+    return _obstacle(torch.cuda.current_device())
+
+
+@functools.cache
+def _obstacle(device: int) -> str | None:
+    """What keeps them from running on this GPU."""
+    major, minor = torch.cuda.get_device_capability(device)
     if major != 9:
         return f"the GPU has compute capability {major}.{minor}; these kernels are for 9.0"
     if find_spec("triton") is None:
@@ -117,10 +124,10 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
 
 def is_slower(call: Call) -> bool:
     """Whether the portable kernels should be faster (docs/kernels.md); the limits lie between what was measured."""
+    if call.seqlen_q <= SHORT or _is_uneven(call.bias):
+        return True
     widths = columns_of(call.query.shape[-1]), columns_of(call.value.shape[-1])
-    columns = _columns(call)
-    is_cramped = forward_config(*widths, columns).block_n < FEWEST_KEYS
-    return is_cramped or call.seqlen_q <= SHORT or _is_uneven(call.bias)
+    return forward_config(*widths, _columns(call)).block_n < FEWEST_KEYS
 
 
 def _is_uneven(bias: FactoredBias | None) -> bool:

@@ -111,6 +111,8 @@ def forward_config(block_d: int, block_dv: int, block_r: int) -> Config:
             config = replace(config, consumers=2)
         else:
             raise ValueError(f"widths {block_d}, {block_dv} and {block_r} do not fit into shared memory")
+    if config.q_stages == 2:
+        return config
     roomy = replace(config, q_stages=2)
     return roomy if forward_bytes(roomy, block_d, block_dv, block_r) <= SHARED_MEMORY else config
 

@@ -4,6 +4,7 @@
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportReturnType=false
 # pyright: reportAssignmentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
 
+import functools
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from flashbias.attention.hopper.gluon import (
     warpgroup_mma_wait,
 )
 from flashbias.attention.hopper.join import join
-from flashbias.attention.hopper.operands import HopperOperands, descriptor, matrix
+from flashbias.attention.hopper.operands import HALF_BYTES, HopperOperands, Shape, descriptor, matrix
 from flashbias.attention.hopper.schedule import Band, Schedule, banded, unbanded
 from flashbias.attention.hopper.tiles import (
     ROWS,
@@ -400,15 +401,16 @@ def _fwd_kernel(
 def launch(out: torch.Tensor, lse: torch.Tensor, *arguments: Any) -> None:
     """Fill `out` and `lse`; the arguments are those that the operators share (`attention/registration.py`)."""
     ops = HopperOperands.of(*arguments)
-    launch_as(forward_config(ops.block_d, ops.block_dv, ops.columns), ops, out, lse)
+    launch_as(_config(ops.block_d, ops.block_dv, ops.columns), ops, out, lse)
+
+
+_config = functools.lru_cache(maxsize=256)(forward_config)
 
 
 def launch_as(config: Config, ops: HopperOperands, out: torch.Tensor, lse: torch.Tensor) -> None:
     """Launch with a given tile shape."""
     rows, keys, factors = ROWS.value, config.block_n, ops.factors
-    blocks = cdiv(ops.seqlen_q, config.block_m)
-    schedule = schedule_of(config, ops)
-    tail = 0 if schedule.is_split or ops.has_edge(0, 1) else tail_of(config, ops.seqlen_k)
+    schedule, numbers, constants = _plan(config, ops.shape, multiprocessors(ops.q.device))
     out_flat = ops.flat(out)
     q = descriptor(ops.q, rows, ops.block_d)
     k = descriptor(ops.k, keys, ops.block_d)
@@ -420,44 +422,57 @@ def launch_as(config: Config, ops: HopperOperands, out: torch.Tensor, lse: torch
     if schedule.is_split:
         parts = lse.new_empty((schedule.units - schedule.whole, config.block_m, ops.block_dv))
         parts_lse = lse.new_empty(parts.shape[:2])
-    sharing = (*ops.sharing_q.sizes, *ops.sharing_k.sizes)
     _fwd_kernel[(schedule.programs,)](
-        q, k, v, o, pq, pk, lse, parts, parts_lse, schedule.units, schedule.whole, schedule.parts, schedule.part_tiles,
-        schedule.heads, ops.num_programs, blocks, ops.num_heads, ops.group, ops.seqlen_q, ops.seqlen_k, ops.shift,
-        ops.window_left, ops.window_right, ops.scale, *sharing,
-        IS_SPLIT=schedule.is_split,
-        ALTERNATES=schedule.alternates,
-        HAS_LEFT=ops.window_left >= 0,
-        HAS_RIGHT=ops.window_right >= 0,
-        HAS_EDGE=ops.has_edge(ops.seqlen_k, tail or config.block_n),
-        HAS_PHI=factors is not None,
-        CONSUMERS=config.consumers,
-        Q_STAGES=config.q_stages,
-        STAGES=config.stages,
-        TAIL=tail,
-        O_IN_Q=holds_output(config, ops.block_d, ops.block_dv),
-        BLOCK_N=config.block_n,
-        BLOCK_D=ops.block_d,
-        BLOCK_DV=ops.block_dv,
-        BLOCK_R=ops.columns,
-        REGISTERS=config.registers,
+        q, k, v, o, pq, pk, lse, parts, parts_lse, *numbers, ops.scale, *ops.sharing_q.sizes, *ops.sharing_k.sizes,
         q_layout=matrix(q), k_layout=matrix(k), v_layout=matrix(v), pq_layout=matrix(pq), pk_layout=matrix(pk),
         o_layout=matrix(o),
-        num_warps=4,
-        maxnreg=config.maxnreg,
+        **constants,
     )  # fmt: skip
     if schedule.is_split:
-        join(schedule, parts, parts_lse, out_flat, lse, blocks)
+        join(schedule, parts, parts_lse, out_flat, lse, cdiv(ops.seqlen_q, config.block_m))
 
 
-def schedule_of(config: Config, ops: HopperOperands) -> Schedule:
+@functools.lru_cache(maxsize=1024)
+def _plan(config: Config, shape: Shape, processors: int) -> tuple[Schedule, tuple[int, ...], dict[str, Any]]:
+    """What a launch needs beside tensors and scale: its schedule, the kernel's numbers, and its constants by name."""
+    schedule = schedule_of(config, shape, processors)
+    tail = 0 if schedule.is_split or shape.is_banded else tail_of(config, shape.seqlen_k)
+    numbers = (
+        schedule.units, schedule.whole, schedule.parts, schedule.part_tiles, schedule.heads, shape.pairs,
+        cdiv(shape.seqlen_q, config.block_m), shape.num_heads, shape.group, shape.seqlen_q, shape.seqlen_k,
+        shape.shift, shape.window_left, shape.window_right,
+    )  # fmt: skip
+    constants = {
+        "IS_SPLIT": schedule.is_split,
+        "ALTERNATES": schedule.alternates,
+        "HAS_LEFT": shape.window_left >= 0,
+        "HAS_RIGHT": shape.window_right >= 0,
+        "HAS_EDGE": shape.is_banded or shape.seqlen_k % (tail or config.block_n) != 0,
+        "HAS_PHI": shape.columns > 0,
+        "CONSUMERS": config.consumers,
+        "Q_STAGES": config.q_stages,
+        "STAGES": config.stages,
+        "TAIL": tail,
+        "O_IN_Q": holds_output(config, shape.block_d, shape.block_dv),
+        "BLOCK_N": config.block_n,
+        "BLOCK_D": shape.block_d,
+        "BLOCK_DV": shape.block_dv,
+        "BLOCK_R": shape.columns,
+        "REGISTERS": config.registers,
+        "num_warps": 4,
+        "maxnreg": config.maxnreg,
+    }
+    return schedule, numbers, constants
+
+
+def schedule_of(config: Config, shape: Shape, processors: int) -> Schedule:
     """Deal the tiles of a call to the multiprocessors."""
-    blocks = cdiv(ops.seqlen_q, config.block_m)
-    programs = config.programs * multiprocessors(ops.q.device)
-    if ops.window_left < 0 and ops.window_right < 0:
-        return unbanded(blocks * ops.num_programs, cdiv(ops.seqlen_k, config.block_n), programs)
-    band = Band(ops.shift, ops.window_left, ops.window_right)
-    pair_bytes = ops.seqlen_k * (ops.head_dim + ops.head_dim_v) * ops.k.element_size()
+    blocks = cdiv(shape.seqlen_q, config.block_m)
+    programs = config.programs * processors
+    if not shape.is_banded:
+        return unbanded(blocks * shape.pairs, cdiv(shape.seqlen_k, config.block_n), programs)
+    band = Band(shape.shift, shape.window_left, shape.window_right)
+    pair_bytes = shape.seqlen_k * (shape.head_dim + shape.head_dim_v) * HALF_BYTES
     return banded(
-        blocks, ops.num_programs, config.block_m, config.block_n, ops.seqlen_k, band, pair_bytes, ops.group, programs
+        blocks, shape.pairs, config.block_m, config.block_n, shape.seqlen_k, band, pair_bytes, shape.group, programs
     )

@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import fields, replace
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -13,17 +12,52 @@ from torch import Tensor
 from flashbias.attention.hopper.configs import ready_columns
 from flashbias.attention.hopper.gluon import TensorDescriptor, gl
 from flashbias.attention.hopper.pack import ReadyFactors
-from flashbias.attention.triton.operands import Operands, ranks_on
+from flashbias.attention.triton.operands import Operands, flattened, ranks_on
 
-__all__ = ["HopperOperands", "addressable", "descriptor", "is_addressable", "layout_of", "matrix"]
+__all__ = [
+    "HALF_BYTES",
+    "HopperOperands",
+    "Shape",
+    "addressable",
+    "descriptor",
+    "is_addressable",
+    "layout_of",
+    "matrix",
+]
 
 ALIGNMENT = 16
 """Bytes to which the copy engine wants every row to be aligned."""
+
+HALF_BYTES = 2
+"""Bytes of an element of queries, keys and values: these kernels take half precision only."""
 
 RANKS = 14
 """Place of `ranks` among the arguments that the operators share; factors are at 3 and 4."""
 
 _ELEMENTS = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
+
+
+class Shape(NamedTuple):
+    """Integers of a call: (batch, head) pairs, then as in `Operands`, packed columns of the factors, window, shift."""
+
+    pairs: int
+    num_heads: int
+    group: int
+    seqlen_q: int
+    seqlen_k: int
+    head_dim: int
+    head_dim_v: int
+    block_d: int
+    block_dv: int
+    columns: int
+    window_left: int
+    window_right: int
+    shift: int
+
+    @property
+    def is_banded(self) -> bool:
+        """Whether a window hides keys."""
+        return self.window_left >= 0 or self.window_right >= 0
 
 
 class HopperOperands(Operands):
@@ -34,20 +68,36 @@ class HopperOperands(Operands):
     @classmethod
     def of(cls, *arguments: Any) -> Self:
         """As `Operands.of`; what the copy engine cannot address is copied, columns that a head lacks become zeros."""
-        *first, phi_q, phi_k = arguments[:5]
         ranks = arguments[RANKS]
         if ranks:
+            *first, phi_q, phi_k = arguments[:5]
             padding = _padding(tuple(ranks), phi_q.shape[-1], phi_q.device)
             factors = (phi.masked_fill(padding, 0.0) for phi in (phi_q, phi_k))
             arguments = (*first, *factors, *arguments[5:RANKS], [], *arguments[RANKS + 1 :])
-        ops = super().of(*arguments)
-        return replace(ops, **{name: addressable(getattr(ops, name)) for name in "qkv"})
+        return super().of(*arguments)
+
+    @staticmethod
+    def readable(x: Tensor) -> Tensor:
+        """As `Operands.readable`; a copy where the copy engine cannot address x."""
+        return addressable(flattened(x))
 
     def portable(self) -> Operands:
         """The same call for the portable kernels, which bring factors into a form of their own."""
-        return Operands(*(getattr(self, field.name) for field in fields(Operands)))
+        portable = object.__new__(Operands)
+        vars(portable).update(
+            (name, value) for name, value in vars(self).items() if name not in ("factors", "arguments")
+        )
+        return portable
 
-    @property
+    @functools.cached_property
+    def shape(self) -> Shape:
+        """What a schedule depends on."""
+        return Shape(
+            self.num_programs, self.num_heads, self.group, self.seqlen_q, self.seqlen_k, self.head_dim,
+            self.head_dim_v, self.block_d, self.block_dv, self.columns, self.window_left, self.window_right, self.shift,
+        )  # fmt: skip
+
+    @functools.cached_property
     def columns(self) -> int:
         """Packed columns of the factors, 0 without."""
         if self.phi_q is None or self.phi_k is None:
@@ -74,10 +124,21 @@ def _padding(ranks: tuple[int, ...], width: int, device: torch.device) -> Tensor
 
 def descriptor(x: Tensor, rows: int, columns: int) -> Any:
     """Describe `[..., n, width]` to the copy engine, in boxes of `rows` × `columns`; past the edges it reads zeros."""
-    box = [1] * (x.dim() - 2) + [rows, columns]
+    described = object.__new__(TensorDescriptor)
+    vars(described).update(_described(x.dtype, x.shape, x.stride(), rows, columns), base=x)
+    return described
+
+
+@functools.lru_cache(maxsize=1024)
+def _described(
+    dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...], rows: int, columns: int
+) -> dict[str, Any]:
+    """Attributes of a descriptor, checked once for all tensors that are alike but for their address."""
+    box = [1] * (len(shape) - 2) + [rows, columns]
     # The step of a dimension of size 1 is never taken, but has to be one that could be.
-    steps = [step if size > 1 else ALIGNMENT for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
-    return TensorDescriptor(x, list(x.shape), [*steps, 1], box, layout_of(tuple(box), x.dtype))
+    steps = [step if size > 1 else ALIGNMENT for size, step in zip(shape[:-1], strides[:-1], strict=True)]
+    nowhere = torch.empty(0, dtype=dtype)
+    return vars(TensorDescriptor(nowhere, list(shape), [*steps, 1], box, layout_of(tuple(box), dtype)))
 
 
 def addressable(x: Tensor) -> Tensor:
@@ -98,6 +159,10 @@ def layout_of(shape: tuple[int, ...], dtype: torch.dtype) -> Any:
 
 def is_addressable(x: Tensor) -> bool:
     """Whether the copy engine can read x: unit stride in rows, all others, and the start, a multiple of 16 bytes."""
-    steps = [step for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
-    aligned = all(step > 0 and step * x.element_size() % ALIGNMENT == 0 for step in steps)
-    return x.stride(-1) == 1 and aligned and x.data_ptr() % ALIGNMENT == 0
+    return x.data_ptr() % ALIGNMENT == 0 and _has_addressable_steps(x.shape, x.stride(), x.element_size())
+
+
+@functools.lru_cache(maxsize=1024)
+def _has_addressable_steps(shape: torch.Size, strides: tuple[int, ...], size: int) -> bool:
+    steps = [step for length, step in zip(shape[:-1], strides[:-1], strict=True) if length > 1]
+    return strides[-1] == 1 and all(step > 0 and step * size % ALIGNMENT == 0 for step in steps)

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from flashbias.attention import packing
 from flashbias.attention.hopper.configs import columns_of
-from flashbias.attention.layout import flatten_heads
-from flashbias.attention.triton.pack import Factors, packed_pair
+from flashbias.attention.triton.pack import Factors, by_group, packed_pair
 from flashbias.attention.triton.primitives import READY
 
 __all__ = ["ReadyFactors"]
@@ -24,7 +23,7 @@ class ReadyFactors(Factors):
     @classmethod
     def of(cls, phi_q: Tensor, phi_k: Tensor, scale: float, dtype: torch.dtype, centred: bool) -> ReadyFactors:
         """As `Factors.of`."""
-        raw_q, raw_k = flatten_heads(phi_q), flatten_heads(phi_k)
+        raw_q, raw_k = by_group(phi_q), by_group(phi_k)
         rank = raw_q.shape[-1]
         terms = packing.ready_products(rank, raw_q.dtype, raw_k.dtype, scale, dtype)
         centre = centred and packing.is_packed(raw_q, raw_k, dtype)

@@ -32,8 +32,14 @@ def unavailable() -> str | None:
         return None
     if not torch.cuda.is_available():
         return "no CUDA device (or set TRITON_INTERPRET=1 before the start to run kernels slowly on a CPU)"
-    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
-        capability = ".".join(map(str, torch.cuda.get_device_capability()))
+    return _obstacle(torch.cuda.current_device())
+
+
+@functools.cache
+def _obstacle(device: int) -> str | None:
+    """What keeps them from running on this GPU."""
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
         return f"the GPU has compute capability {capability}; kernels need 8.0 or newer"
     from flashbias.attention.triton import assembler
 

@@ -27,7 +27,7 @@ from flashbias.attention.triton.assembler import soundly_assembled
 from flashbias.attention.triton.configs import Config, choose
 from flashbias.attention.triton.dkdv import _bwd_dkdv_kernel
 from flashbias.attention.triton.dq import _bwd_dq_kernel
-from flashbias.attention.triton.operands import Operands, flattened, multiprocessors
+from flashbias.attention.triton.operands import Operands, flattened, multiprocessors, strides_of, walk_sizes
 from flashbias.attention.triton.primitives import LOG2E, load_tile
 
 
@@ -137,7 +137,7 @@ def launch_as(
     lse2, delta = rows_of(ops, dout, dlse, ops.flat(out), lse)
     need_q, need_k, need_v, need_phi_q, need_phi_k, need_table = needs_grad
     rows = {"dout_ptr": dout, "lse_ptr": lse2, "delta_ptr": delta}
-    rows |= {f"stride_do{axis}": dout.stride(n) for n, axis in enumerate("bhn")}
+    rows |= strides_of("do", dout)
     if window.fits(ops, needs_grad):
         window.launch(ops, grads, rows, needs_grad)
     else:
@@ -169,7 +169,8 @@ def rows_of(
         The log-sum-exp in units of log 2, and delta, each `[B, H, rows]` in float32.
     """
     length = cdiv(ops.seqlen_q, multiple) * multiple
-    lse2, delta = (lse.new_empty(*lse.shape[:-1], length) for _ in range(2))
+    shape = (*lse.shape[:-1], length)
+    lse2, delta = lse.new_empty(shape), lse.new_empty(shape)
     blocks = cdiv(length, 64)
     _bwd_delta_kernel[(blocks * ops.batch * ops.num_heads,)](
         out,
@@ -200,13 +201,12 @@ def _launch_dkdv(
     dk, dv = (ops.flat(g) if g.numel() else torch.empty_like(x) for g, x in ((grads[1], ops.k), (grads[2], ops.v)))
     config = choose("dkdv", ops)
     blocks = cdiv(ops.max_seqlen_k, config.block_n)
-    strides = {f"stride_dk{axis}": dk.stride(n) for n, axis in enumerate("bhn")}
-    strides |= {f"stride_dv{axis}": dv.stride(n) for n, axis in enumerate("bhn")}
+    arguments = {**rows, "dk_ptr": dk, "dv_ptr": dv, **strides_of("dk", dk), **strides_of("dv", dv)}
     for walk in _key_walks(ops, need_dkdv, need_phi):
         _launch_walk(
             _bwd_dkdv_kernel, ops, walk, config, blocks, grads[4], ops.seqlen_k,
             ops.has_edge(ops.seqlen_q, config.block_m),
-            rows | {"dk_ptr": dk, "dv_ptr": dv} | strides,
+            arguments,
             lambda first, walk=walk: {
                 "STORE_DKDV": walk.store_own and first, "SUM_DKDV": walk.sum_own,
                 "dphi_mult": 1.0 if ops.factors is None else ops.factors.dphi_k_mult,
@@ -222,10 +222,9 @@ def _launch_dq(ops: Operands, grads: list[torch.Tensor], rows: dict[str, Any], n
     blocks = cdiv(ops.max_seqlen_q, config.block_m)
     sharing = ops.walk(ops.sharing_q) if need_phi else Sharing.nothing(ops.num_programs)
     walk = Walk(sharing, need_dq, False, need_phi, need_phi and sharing.members > 1)
-    strides = {f"stride_dq{axis}": dq.stride(n) for n, axis in enumerate("bhn")}
     _launch_walk(
         _bwd_dq_kernel, ops, walk, config, blocks, grads[3], ops.seqlen_q,
-        ops.has_edge(ops.seqlen_k, config.block_n), rows | {"dq_ptr": dq} | strides,
+        ops.has_edge(ops.seqlen_k, config.block_n), {**rows, "dq_ptr": dq, **strides_of("dq", dq)},
         lambda first: {"STORE_DQ": need_dq and first},
     )  # fmt: skip
 
@@ -259,7 +258,7 @@ def _launch_walk(
     splits = walk.splits(blocks, ops)
     factors = ops.factors
     rank = factors.rank if factors is not None and walk.store_phi else 0
-    partial = grad.new_empty(0)
+    partial = grad if grad.numel() == 0 else grad.new_empty(0)
     if rank:
         target = grad.view(1, -1, length, rank)
         exact = splits == 1
@@ -269,20 +268,17 @@ def _launch_walk(
     block_g = factors.block_r if factors is not None and in_registers else min(64, max(16, next_power_of_2(rank)))
     for first_column in range(0, max(rank, 1), block_g):
         kernel[(blocks * walk.sharing.groups, splits)](
-            **ops.tensors,
+            **ops.arguments,
             **arguments,
             dphi_ptr=partial,
-            **ops.strides,
             stride_dphi_s=partial.stride(0) if rank else 0,
             stride_dphi_f=partial.stride(1) if rank else 0,
             stride_dphi=rank,
-            **ops.numbers,
-            **dict(zip(("walk_s1", "walk_v2", "walk_s2"), walk.sharing.sizes, strict=True)),
+            **walk_sizes(walk.sharing),
             num_blocks=blocks,
             num_members=walk.sharing.members,
             members_per_split=cdiv(walk.sharing.members, splits),
             first_column=first_column,
-            **ops.flags,
             **own_flags(first_column == 0),
             SECOND_PART=rank if ops.needs_two_parts else 0,
             PHI_IN_REGISTERS=in_registers,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -84,10 +84,33 @@ def choose(name: str, ops: Operands) -> Config:
     """
     if ops.q.device.type == "cpu":
         return INTERPRETER
-    return _fitted(name, _best(name, ops), ops)
+    block_r = 0 if ops.factors is None else ops.factors.block_r
+    traits = Traits(
+        ops.block_d, ops.block_dv, block_r, ops.max_seqlen_q, ops.max_seqlen_k, ops.sharing_k.members > 1,
+        ops.is_half, ops.has_extras,
+    )  # fmt: skip
+    return _chosen(name, traits, ops.q.device)
 
 
-def _best(name: str, ops: Operands) -> Config:
+class Traits(NamedTuple):
+    """What the choice depends on: widths as held (0: no factors), lengths, what is shared, and what kind of call."""
+
+    block_d: int
+    block_dv: int
+    block_r: int
+    max_seqlen_q: int
+    max_seqlen_k: int
+    shares_keys: bool
+    is_half: bool
+    has_extras: bool
+
+
+@functools.lru_cache(maxsize=1024)
+def _chosen(name: str, traits: Traits, device: torch.device) -> Config:
+    return _fitted(name, _best(name, traits), traits, _shared_memory(device))
+
+
+def _best(name: str, ops: Traits) -> Config:
     width = max(ops.block_d, ops.block_dv)
     if name == "forward" and ops.max_seqlen_q <= 16:
         return DECODE if width <= 128 and ops.is_half else replace(DECODE, block_n=16, num_stages=2)
@@ -97,9 +120,9 @@ def _best(name: str, ops: Operands) -> Config:
         return _SINGLE_DKDV if name == "dkdv" else _SINGLE
     if name == "forward" and max(ops.max_seqlen_q, ops.max_seqlen_k) <= SHORT and width <= 64:
         return replace(_SHORT_FORWARD, maxnreg=128) if ops.has_extras or width > 32 else _SHORT_FORWARD
-    if name == "forward" and ops.factors is None and 64 < width <= 128:
+    if name == "forward" and ops.block_r == 0 and 64 < width <= 128:
         return _NO_BIAS_128
-    if name == "dkdv" and ops.sharing_k.members > 1 and width <= 32 and ops.factors is not None:
+    if name == "dkdv" and ops.shares_keys and width <= 32 and ops.block_r > 0:
         return _SHARED_DKDV
     config = _lookup(_HALF[name], width) or _HALF_WIDEST[name]
     # What adds to a score beside the factors needs registers of its own.
@@ -110,11 +133,11 @@ def _lookup(table: dict[int, Config], width: int) -> Config | None:
     return next((config for limit, config in table.items() if width <= limit), None)
 
 
-def _fitted(name: str, config: Config, ops: Operands) -> Config:
+def _fitted(name: str, config: Config, ops: Traits, limit: int) -> Config:
     """Give up stages, then streamed rows, then resident rows, until the tiles fit into shared memory."""
     keys_stay = name == "dkdv"
     resident, streamed = (config.block_n, config.block_m) if keys_stay else (config.block_m, config.block_n)
-    stages, limit = config.num_stages, _shared_memory(ops.q.device)
+    stages = config.num_stages
     while stages > 2 and _bytes(resident, streamed, stages, ops) > limit:
         stages -= 1
     while streamed > 16 and _bytes(resident, streamed, stages, ops) > limit:
@@ -125,9 +148,9 @@ def _fitted(name: str, config: Config, ops: Operands) -> Config:
     return replace(config, block_m=block_m, block_n=block_n, num_stages=stages)
 
 
-def _bytes(resident: int, streamed: int, stages: int, ops: Operands) -> int:
+def _bytes(resident: int, streamed: int, stages: int, ops: Traits) -> int:
     """Shared memory of a program, counted generously: rows that stay, in float32 two parts of each, and that stream."""
-    columns = ops.block_d + ops.block_dv + (0 if ops.factors is None else ops.factors.block_r)
+    columns = ops.block_d + ops.block_dv + ops.block_r
     if ops.is_half:
         return 2 * columns * (resident + stages * streamed)
     return 4 * columns * (2 * resident + stages * streamed)

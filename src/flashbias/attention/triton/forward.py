@@ -444,19 +444,16 @@ def launch(out: torch.Tensor, lse: torch.Tensor, *arguments: Any) -> None:
         target_lse = lse.new_empty((splits, *lse.shape))
     strides = target.stride()[-4:-1]
     _fwd_kernel[(blocks * ops.num_programs, splits)](
-        **ops.tensors,
+        **ops.arguments,
         out_ptr=target,
         lse_ptr=target_lse,
-        **ops.strides,
         stride_ob=strides[0],
         stride_oh=strides[1],
         stride_on=strides[2],
-        **ops.numbers,
         num_blocks=blocks,
         split_size=split_size,
         stride_split_out=target.stride(0) if splits > 1 else 0,
         stride_split_lse=target_lse.stride(0) if splits > 1 else 0,
-        **ops.flags,
         IS_SPLIT=splits > 1,
         HAS_EDGE=ops.has_edge(ops.seqlen_k, config.block_n),
         BLOCK_M=config.block_m,

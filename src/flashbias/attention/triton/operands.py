@@ -16,9 +16,9 @@ from torch import Tensor
 from flashbias.attention import packing
 from flashbias.attention.layout import Sharing, cdiv, flatten_heads, next_power_of_2, share
 from flashbias.attention.triton.configs import WIDEST_SPLIT
-from flashbias.attention.triton.pack import Factors
+from flashbias.attention.triton.pack import FACTOR_STRIDES, Factors
 
-__all__ = ["Operands", "flattened", "ranks_on"]
+__all__ = ["Operands", "flattened", "ranks_on", "strides_of", "walk_sizes"]
 
 
 @functools.cache
@@ -34,9 +34,28 @@ def ranks_on(ranks: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(ranks, dtype=torch.int32, device=device)
 
 
-@dataclass(frozen=True)
+_NO_FACTORS = dict.fromkeys(FACTOR_STRIDES, 0)
+
+
+# Not frozen, and sizes are fields: one is made for every pass, and each size is read many times.
+@dataclass(eq=False)
 class Operands:
-    """The arguments of the operators in `attention/registration.py`, flattened to `[B, H, N, D]`."""
+    """The arguments of the operators in `attention/registration.py`, flattened to `[B, H, N, D]`.
+
+    Attributes:
+        batch: B, the product of all batch dimensions.
+        num_heads: query heads.
+        group: query heads for each key and value head.
+        seqlen_q: N (all tokens of a packed batch).
+        seqlen_k: M (all tokens of a packed batch).
+        head_dim: width of queries and keys.
+        head_dim_v: width of values.
+        block_d: head_dim as a power of two that the matrix unit takes.
+        block_dv: head_dim_v likewise.
+        is_varlen: whether sequences are packed one after the other.
+        sequences: batch elements, or sequences of a packed batch.
+        num_programs: pairs (sequence, head).
+    """
 
     q: Tensor
     k: Tensor
@@ -65,6 +84,17 @@ class Operands:
     factors_type: ClassVar[type[Factors]] = Factors
     """How factors are brought into the form that the kernels read."""
 
+    def __post_init__(self) -> None:
+        """Work out the sizes."""
+        self.batch, self.num_heads, self.seqlen_q, self.head_dim = self.q.shape
+        _, kv_heads, self.seqlen_k, self.head_dim_v = self.v.shape
+        self.group = self.num_heads // kv_heads
+        self.block_d = max(16, next_power_of_2(self.head_dim))
+        self.block_dv = max(16, next_power_of_2(self.head_dim_v))
+        self.is_varlen = self.cu_seqlens_q is not None
+        self.sequences = self.batch if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
+        self.num_programs = self.sequences * self.num_heads
+
     @classmethod
     def of(
         cls,
@@ -90,21 +120,21 @@ class Operands:
         dropout_p: float,
     ) -> Self:
         """Flatten; arguments as in the operators' schema. Factors are packed when they are asked for."""
-        full = tuple(query.shape[:-2])
-        everyone = Sharing.nothing(math.prod(full))
+        full = query.shape[:-2]
+        everyone = _everyone(math.prod(full))
         per_head_ranks, sharing_q, sharing_k = None, everyone, everyone
         if phi_q is not None and phi_k is not None:
-            sharing_q, sharing_k = _shared(full, phi_q), _shared(full, phi_k)
+            sharing_q, sharing_k = _shared(full, phi_q.shape[:-2]), _shared(full, phi_k.shape[:-2])
             if ranks:
                 per_head_ranks = ranks_on(tuple(ranks) * (query.shape[-3] // len(ranks)), query.device)
         mask, sharing_mask = None, everyone
         if attn_mask is not None:
             mask = flatten_heads(attn_mask).view(torch.uint8)
-            sharing_mask = _shared(full, attn_mask)
+            sharing_mask = _shared(full, attn_mask.shape[:-2])
         return cls(
-            flattened(query),
-            flattened(key),
-            flattened(value),
+            cls.readable(query),
+            cls.readable(key),
+            cls.readable(value),
             phi_q,
             phi_k,
             None if table is None else table.float().contiguous(),
@@ -127,6 +157,11 @@ class Operands:
             dropout_p,
         )
 
+    @staticmethod
+    def readable(x: Tensor) -> Tensor:
+        """`[B, H, N, D]` as the kernels can read it; a view where strides allow it."""
+        return flattened(x)
+
     @functools.cached_property
     def factors(self) -> Factors | None:
         """The factors as the kernels read them; a call that ends in other kernels never packs them."""
@@ -135,56 +170,6 @@ class Operands:
         return self.factors_type.of(self.phi_q, self.phi_k, self.scale, self.q.dtype, centred=not self.is_varlen)
 
     # ---------------------------------------------------------------- sizes
-
-    @property
-    def batch(self) -> int:
-        """B, the product of all batch dimensions."""
-        return self.q.shape[0]
-
-    @property
-    def num_heads(self) -> int:
-        """Query heads."""
-        return self.q.shape[1]
-
-    @property
-    def group(self) -> int:
-        """Query heads for each key and value head."""
-        return self.q.shape[1] // self.k.shape[1]
-
-    @property
-    def seqlen_q(self) -> int:
-        """N (all tokens of a packed batch)."""
-        return self.q.shape[2]
-
-    @property
-    def seqlen_k(self) -> int:
-        """M (all tokens of a packed batch)."""
-        return self.k.shape[2]
-
-    @property
-    def head_dim(self) -> int:
-        """Width of queries and keys."""
-        return self.q.shape[3]
-
-    @property
-    def head_dim_v(self) -> int:
-        """Width of values."""
-        return self.v.shape[3]
-
-    @property
-    def is_varlen(self) -> bool:
-        """Whether sequences are packed one after the other."""
-        return self.cu_seqlens_q is not None
-
-    @property
-    def sequences(self) -> int:
-        """Batch elements, or sequences of a packed batch."""
-        return self.cu_seqlens_q.shape[0] - 1 if self.cu_seqlens_q is not None else self.batch
-
-    @property
-    def num_programs(self) -> int:
-        """Pairs (sequence, head)."""
-        return self.sequences * self.num_heads
 
     @property
     def is_half(self) -> bool:
@@ -201,16 +186,6 @@ class Operands:
         """Whether scores get more than factors: a table, a user's mask, dropout, offsets of tiles, packed batches."""
         tiled = self.factors is not None and self.factors.tile_centred
         return tiled or self.table is not None or self.mask is not None or self.dropout_p > 0 or self.is_varlen
-
-    @functools.cached_property
-    def block_d(self) -> int:
-        """head_dim as a power of two that the matrix unit takes."""
-        return max(16, next_power_of_2(self.head_dim))
-
-    @functools.cached_property
-    def block_dv(self) -> int:
-        """head_dim_v likewise."""
-        return max(16, next_power_of_2(self.head_dim_v))
 
     @property
     def precision(self) -> str:
@@ -231,7 +206,7 @@ class Operands:
 
     def flat(self, x: Tensor) -> Tensor:
         """A tensor of the queries' leading shape as `[B, H, N, D]`, without a copy."""
-        return x.view(math.prod(x.shape[:-3]), *x.shape[-3:])
+        return x if x.dim() == 4 else x.view(math.prod(x.shape[:-3]), *x.shape[-3:])
 
     def key_splits(self, blocks: int, block_n: int) -> tuple[int, int]:
         """Parts into which the key range is split so that few queries still fill the GPU, and their size."""
@@ -248,8 +223,12 @@ class Operands:
     # ---------------------------------------------------------------- kernel arguments
 
     @functools.cached_property
-    def tensors(self) -> dict[str, Tensor | None]:
-        """Pointers that every kernel takes."""
+    def arguments(self) -> dict[str, Any]:
+        """What every kernel takes, by name; made once for all launches of a pass."""
+        return {**self._tensors(), **self._strides(), **self._numbers(), **self._flags()}
+
+    def _tensors(self) -> dict[str, Tensor | None]:
+        """Pointers."""
         factors = self.factors
         return {
             "q_ptr": self.q,
@@ -269,43 +248,34 @@ class Operands:
             "seed_ptr": self.dropout_seed,
         }
 
-    @functools.cached_property
-    def strides(self) -> dict[str, int]:
-        """Strides that every kernel takes, in elements."""
-        result = {}
-        for name, x in (("q", self.q), ("k", self.k), ("v", self.v)):
-            result |= {f"stride_{name}{axis}": x.stride(n) for n, axis in enumerate("bhn")}
-        # The log-sum-exp of (batch, head) lies at a row of its own, that of packed tokens at the head's row.
-        result["stride_lse"] = self.seqlen_q
-        names = ("stride_pqf", "stride_pq", "stride_pkf", "stride_pk")
-        raw = (
-            "stride_raw_qf",
-            "stride_raw_qn",
-            "stride_raw_qr",
-            "stride_raw_kf",
-            "stride_raw_kn",
-            "stride_raw_kr",
-        )
-        if self.factors is None:
-            result |= dict.fromkeys((*names, *raw), 0)
-        else:
-            pair = (*self.factors.phi_q.stride()[:2], *self.factors.phi_k.stride()[:2])
-            result |= dict(zip(names, pair, strict=True))
-            result |= dict(zip(raw, (*self.factors.raw_q.stride(), *self.factors.raw_k.stride()), strict=True))
-        result["stride_table"] = self.table.stride(0) if self.table is not None and self.table.shape[0] > 1 else 0
-        mask = (0, 0, 0)
-        if self.mask is not None:
-            mask = tuple(
-                0 if size == 1 else step for size, step in zip(self.mask.shape, self.mask.stride(), strict=True)
-            )
-        result |= dict(zip(("stride_mask_f", "stride_mask_m", "stride_mask_n"), mask, strict=True))
-        return result
+    def _strides(self) -> dict[str, int]:
+        """Strides, in elements."""
+        factors, (mask_f, mask_m, mask_n) = self.factors, self._mask_strides()
+        result = {
+            **strides_of("q", self.q),
+            **strides_of("k", self.k),
+            **strides_of("v", self.v),
+            # The log-sum-exp of (batch, head) lies at a row of its own, that of packed tokens at the head's row.
+            "stride_lse": self.seqlen_q,
+            "stride_table": self.table.stride(0) if self.table is not None and self.table.shape[0] > 1 else 0,
+            "stride_mask_f": mask_f,
+            "stride_mask_m": mask_m,
+            "stride_mask_n": mask_n,
+        }
+        return result | (_NO_FACTORS if factors is None else factors.strides())
 
-    @functools.cached_property
-    def numbers(self) -> dict[str, int | float]:
-        """Sizes and factors that every kernel takes."""
+    def _mask_strides(self) -> tuple[int, ...]:
+        if self.mask is None:
+            return 0, 0, 0
+        return tuple(0 if size == 1 else step for size, step in zip(self.mask.shape, self.mask.stride(), strict=True))
+
+    def _numbers(self) -> dict[str, int | float]:
+        """Sizes, and what scores are multiplied by."""
         factors = self.factors
-        result: dict[str, int | float] = {
+        pq_s1, pq_v2, pq_s2 = self.sharing_q.sizes
+        pk_s1, pk_v2, pk_s2 = self.sharing_k.sizes
+        mask_s1, mask_v2, mask_s2 = self.sharing_mask.sizes
+        return {
             "num_heads": self.num_heads,
             "group": self.group,
             "seqlen_q": self.seqlen_q,
@@ -320,14 +290,19 @@ class Operands:
             "scale": self.scale,
             "inv_scale": 1.0 / self.scale,
             "dropout_p": self.dropout_p,
+            "pq_s1": pq_s1,
+            "pq_v2": pq_v2,
+            "pq_s2": pq_s2,
+            "pk_s1": pk_s1,
+            "pk_v2": pk_v2,
+            "pk_s2": pk_s2,
+            "mask_s1": mask_s1,
+            "mask_v2": mask_v2,
+            "mask_s2": mask_s2,
         }
-        for name, sharing in (("pq", self.sharing_q), ("pk", self.sharing_k), ("mask", self.sharing_mask)):
-            result |= dict(zip((f"{name}_s1", f"{name}_v2", f"{name}_s2"), sharing.sizes, strict=True))
-        return result
 
-    @functools.cached_property
-    def flags(self) -> dict[str, Any]:
-        """Compile-time constants that every kernel takes."""
+    def _flags(self) -> dict[str, Any]:
+        """Compile-time constants."""
         factors = self.factors
         interpreted = self.q.device.type == "cpu"
         return {
@@ -359,12 +334,28 @@ class Operands:
 
 def flattened(x: Tensor) -> Tensor:
     """`[B, H, N, D]` with unit stride in the last dimension; a view where strides allow it."""
-    x = x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
+    x = x if x.dim() == 4 else x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _shared(full: tuple[int, ...], x: Tensor) -> Sharing:
-    sharing = share(full, tuple(x.shape[: x.dim() - 2]))
+def strides_of(name: str, x: Tensor) -> dict[str, int]:
+    """Strides of `[B, H, N, D]`, as kernels name them."""
+    b, h, n, _ = x.stride()
+    return {f"stride_{name}b": b, f"stride_{name}h": h, f"stride_{name}n": n}
+
+
+def walk_sizes(sharing: Sharing) -> dict[str, int]:
+    """Sizes of the levels over which a program walks, as kernels name them."""
+    s1, v2, s2 = sharing.sizes
+    return {"walk_s1": s1, "walk_v2": v2, "walk_s2": s2}
+
+
+_everyone = functools.lru_cache(maxsize=1024)(Sharing.nothing)
+
+
+@functools.lru_cache(maxsize=1024)
+def _shared(full: torch.Size, own: torch.Size) -> Sharing:
+    sharing = share(full, own)
     if sharing is None:
-        raise ValueError(f"a factor of shape {tuple(x.shape)} alternates too often among {full}")
+        raise ValueError(f"a factor of leading shape {tuple(own)} alternates too often among {tuple(full)}")
     return sharing

@@ -8,6 +8,7 @@ The numbers (which parts, which centre) come from `attention/packing.py`; the ke
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ from flashbias.attention.call import HALF
 from flashbias.attention.layout import cdiv, flatten_heads, next_power_of_2
 from flashbias.attention.triton.primitives import EXACT, READY, UNSCALED, centre_of
 
-__all__ = ["Factors", "packed_pair"]
+__all__ = ["FACTOR_STRIDES", "Factors", "by_group", "packed_pair"]
 
 WIDEST_CHUNK = 128
 """Packed columns that a kernel holds at once; wider factors go chunk by chunk."""
@@ -77,7 +78,22 @@ def _pack_kernel(
     tl.store(ptrs, x.to(out_ptr.dtype.element_ty), mask=(n < length)[:, None] & (c < width)[None, :])
 
 
-@dataclass(frozen=True)
+FACTOR_STRIDES = (
+    "stride_pqf",
+    "stride_pq",
+    "stride_pkf",
+    "stride_pk",
+    "stride_raw_qf",
+    "stride_raw_qn",
+    "stride_raw_qr",
+    "stride_raw_kf",
+    "stride_raw_kn",
+    "stride_raw_kr",
+)
+"""Strides of the operands, whose rows are contiguous, and of the factors as given, as kernels name them."""
+
+
+@dataclass(eq=False)
 class Factors:
     """Operands of one call.
 
@@ -112,6 +128,11 @@ class Factors:
         """Chunks of `block_r` columns."""
         return cdiv(self.columns, self.block_r)
 
+    def strides(self) -> dict[str, int]:
+        """By name, in elements."""
+        packed = (*self.phi_q.stride()[:2], *self.phi_k.stride()[:2])
+        return dict(zip(FACTOR_STRIDES, (*packed, *self.raw_q.stride(), *self.raw_k.stride()), strict=True))
+
     @classmethod
     def of(cls, phi_q: Tensor, phi_k: Tensor, scale: float, dtype: torch.dtype, centred: bool) -> Factors:
         """Pack for queries of `dtype`, or take the factors as they are where their products are exact.
@@ -126,7 +147,7 @@ class Factors:
         Returns:
             The operands.
         """
-        raw_q, raw_k = flatten_heads(phi_q), flatten_heads(phi_k)
+        raw_q, raw_k = by_group(phi_q), by_group(phi_k)
         rank = raw_q.shape[-1]
         if not packing.is_packed(raw_q, raw_k, dtype):
             raw_q, raw_k = _unit_stride(raw_q), _unit_stride(raw_k)
@@ -162,6 +183,11 @@ def _block(columns: int, widest: int = WIDEST_CHUNK) -> int:
     return min(widest, max(16, next_power_of_2(columns)))
 
 
+def by_group(x: Tensor) -> Tensor:
+    """`[groups, N, R]`, as `flatten_heads`; x itself where it has that form."""
+    return x if x.dim() == 3 else flatten_heads(x)
+
+
 def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -176,31 +202,39 @@ def packed_pair(
     centre_tile: int,
 ) -> tuple[Tensor, Tensor]:
     """Both sides, in `width` columns; keys that share a centre are `centre_tile`, 0 where none is taken off."""
-    packed_q = _packed(raw_q, scale, [a for a, _ in terms], dtype, width, None)
-    return packed_q, _packed(raw_k, scale, [b for _, b in terms], dtype, width, centre_tile)
+    parts_q, parts_k = _parts(terms)
+    packed_q = _packed(raw_q, scale, parts_q, len(terms), dtype, width, None)
+    return packed_q, _packed(raw_k, scale, parts_k, len(terms), dtype, width, centre_tile)
+
+
+@functools.cache
+def _parts(terms: tuple[tuple[int, int], ...]) -> tuple[int, int]:
+    """Parts of phi_q and of phi_k that the columns hold, two bits for each."""
+    return sum(a << (2 * t) for t, (a, _) in enumerate(terms)), sum(b << (2 * t) for t, (_, b) in enumerate(terms))
 
 
 def _packed(
-    x: Tensor, scale: float, parts: list[int], dtype: torch.dtype, width: int, centre_tile: int | None
+    x: Tensor, scale: float, parts: int, terms: int, dtype: torch.dtype, width: int, centre_tile: int | None
 ) -> Tensor:
     """`[F, n, width]` of one side; `centre_tile` is None for queries, 0 for keys that are not centred."""
-    length = x.shape[-2]
-    constant = centre_tile is None and x.stride(-2) == 0
+    groups, length, rank = x.shape
+    steps = x.stride()
+    constant = centre_tile is None and steps[1] == 0
     rows = 1 if constant else length
-    out = x.new_empty(x.shape[0], rows, width, dtype=dtype)
+    out = x.new_empty((groups, rows, width), dtype=dtype)
     block_n, block_c = 64, min(next_power_of_2(width), 64)
-    grid = (x.shape[0] * cdiv(rows, block_n), cdiv(width, block_c))
+    grid = (groups * cdiv(rows, block_n), cdiv(width, block_c))
     _pack_kernel[grid](
         x,
         out,
         rows,
-        x.shape[-1],
+        rank,
         width,
-        *x.stride(),
+        *steps,
         centre_tile or 1,
         scale,
-        PARTS=sum(part << (2 * t) for t, part in enumerate(parts)),
-        TERMS=len(parts),
+        PARTS=parts,
+        TERMS=terms,
         IS_KEY=centre_tile is not None,
         CENTRED=bool(centre_tile),
         BLOCK_N=block_n,

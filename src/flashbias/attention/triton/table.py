@@ -17,7 +17,7 @@ import triton.language as tl
 
 from flashbias.attention.layout import Sharing, cdiv
 from flashbias.attention.triton.configs import choose
-from flashbias.attention.triton.operands import Operands, multiprocessors
+from flashbias.attention.triton.operands import Operands, multiprocessors, walk_sizes
 from flashbias.attention.triton.primitives import (
     LOG2E,
     chunked_bias,
@@ -309,18 +309,15 @@ def launch(
     sums = torch.zeros(grad.shape, dtype=torch.int64, device=grad.device)
     fixed = _fixed_point(ops, dout, dlse)
     _bwd_dtable_kernel[(programs, splits)](
-        **ops.tensors,
+        **ops.arguments,
         **rows,
         sum_ptr=sums,
         fixed_ptr=fixed,
-        **ops.strides,
-        **ops.numbers,
-        **dict(zip(("walk_s1", "walk_v2", "walk_s2"), sharing.sizes, strict=True)),
+        **walk_sizes(sharing),
         num_blocks_m=blocks_m,
         num_blocks_n=blocks_n,
         num_members=sharing.members,
         members_per_split=cdiv(sharing.members, splits),
-        **ops.flags,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         num_warps=config.num_warps,

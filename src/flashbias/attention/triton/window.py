@@ -15,7 +15,7 @@ import triton.language as tl
 
 from flashbias.attention.layout import Sharing, cdiv, next_power_of_2
 from flashbias.attention.triton.configs import choose
-from flashbias.attention.triton.operands import Operands, multiprocessors
+from flashbias.attention.triton.operands import Operands, multiprocessors, strides_of, walk_sizes
 from flashbias.attention.triton.primitives import (
     LOG2E,
     group_of,
@@ -334,27 +334,24 @@ def launch(ops: Operands, grads: list[torch.Tensor], rows: dict[str, Any], needs
     for name, grad, like in (("dq", grads[0], ops.q), ("dk", grads[1], ops.k), ("dv", grads[2], ops.v)):
         target = ops.flat(grad) if grad.numel() else torch.empty_like(like)
         arguments[f"{name}_ptr"] = target
-        arguments |= {f"stride_{name}{axis}": target.stride(n) for n, axis in enumerate("bhn")}
+        arguments |= strides_of(name, target)
     rank = ops.factors.rank if ops.factors is not None else 0
     partials = []
     for length in (ops.seqlen_q, ops.seqlen_k):
         shape = (splits, sharing.groups, length, rank) if need_phi else (0,)
         partials.append(ops.q.new_empty(shape, dtype=torch.float32))
     _bwd_window_kernel[(sharing.groups, splits)](
-        **ops.tensors,
+        **ops.arguments,
         **rows,
         **arguments,
         dphi_q_ptr=partials[0],
         dphi_k_ptr=partials[1],
-        **ops.strides,
         stride_dphi_qs=partials[0].stride(0),
         stride_dphi_ks=partials[1].stride(0),
-        **ops.numbers,
-        **dict(zip(("walk_s1", "walk_v2", "walk_s2"), sharing.sizes, strict=True)),
+        **walk_sizes(sharing),
         num_members=sharing.members,
         members_per_split=cdiv(sharing.members, splits),
         dphi_k_mult=1.0 if ops.factors is None else ops.factors.dphi_k_mult,
-        **ops.flags,
         IS_PACKED=ops.factors is not None and ops.factors.terms > 1,
         STORE_DPHI=need_phi,
         BLOCK_G=max(16, next_power_of_2(rank)),
