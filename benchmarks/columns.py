@@ -1,6 +1,6 @@
-"""What columns of factors cost beside narrow heads: milliseconds of the forward pass, by kernel.
+"""What columns of factors cost: milliseconds of the forward pass, by kernel.
 
-    python3 benchmarks/columns.py
+    python3 benchmarks/columns.py [shape ...]
 
 Factors are bfloat16 and the scale is a power of two, so that the packed columns are as many as the rank. Each line is
 a case, the columns, and the times of the kernels for Hopper and of the portable ones.
@@ -8,6 +8,7 @@ a case, the columns, and the times of the kernels for Hopper and of the portable
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -22,6 +23,8 @@ SHAPES = {
     "tri1218": (1218, 4, 1218, 32),
     "pangu": (30, 744, 144, 32),
     "d16": (64, 8, 2048, 16),
+    "d64": (16, 16, 2048, 64),
+    "d128": (8, 16, 2048, 128),
 }
 """Batch, heads, tokens, head_dim."""
 
@@ -30,8 +33,9 @@ IMPLS = ("hopper", "triton")
 
 
 def main() -> None:
-    """Time all of them."""
-    for name, shape in SHAPES.items():
+    """Time the shapes that are named, all of them if none is."""
+    for name in sys.argv[1:] or SHAPES:
+        shape = SHAPES[name]
         q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3))
         for columns in COLUMNS:
             bias = factors(shape, columns)
