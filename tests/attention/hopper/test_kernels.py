@@ -69,6 +69,37 @@ def check(problem: Problem) -> None:
     assert_close_to_oracle(problem, differentiate(problem, leaves, out, lse, with_dlse=True), with_dlse=True)
 
 
+class TestSharedWideFactors:
+    """Factors of many columns that a batch shares get their gradients from a kernel of their own."""
+
+    @pytest.mark.parametrize("is_causal", [False, True], ids=["open", "causal"])
+    @pytest.mark.parametrize("factor_dtype", [torch.bfloat16, torch.float32], ids=str)
+    @pytest.mark.parametrize(("rank", "head_dim"), [(24, 32), (60, 32), (32, 64), (24, 128)])
+    def test_gradients(
+        self, rank: int, head_dim: int, factor_dtype: torch.dtype, is_causal: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from flashbias.attention.triton import shared
+
+        calls = []
+        launch = shared.launch
+        monkeypatch.setattr(shared, "launch", lambda *arguments: (calls.append(1), launch(*arguments)))
+        torch.manual_seed(rank)
+        sizes = [(12, 2, 300, head_dim)] * 4
+        q, k, v, dout = (torch.randn(size, device=DEVICE).bfloat16() for size in sizes)
+        phis = [(torch.randn(1, 2, 300, rank, device=DEVICE) / 3).to(factor_dtype) for _ in range(2)]
+        leaves = [x.requires_grad_() for x in (q, k, v, *phis)]
+        out = fb.attention(q, k, v, fb.FactoredBias(*phis), is_causal=is_causal, impl="hopper", deterministic=False)
+        made = torch.autograd.grad(out, leaves, dout)
+        assert calls
+        exact = [x.detach().double().requires_grad_() for x in leaves]
+        scores = exact[0] @ exact[1].mT * head_dim**-0.5 + exact[3] @ exact[4].mT
+        if is_causal:
+            scores = scores.masked_fill(torch.ones(300, 300, device=DEVICE).triu(1).bool(), -torch.inf)
+        wanted = torch.autograd.grad(scores.softmax(-1) @ exact[2], exact, dout.double())
+        errors = [float((x - y).norm() / y.norm()) for x, y in zip(made, wanted, strict=True)]
+        assert max(errors) < 1e-2, errors
+
+
 # -------------------------------------------------------------------- the common suite
 
 PLAIN = Case("plain", n=40, m=70, heads=2)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flashbias.attention import packing, registration
 from flashbias.attention.call import HALF, Call
-from flashbias.attention.hopper.configs import columns_of, forward_config, ready_columns
+from flashbias.attention.hopper.configs import ready_columns
 from flashbias.factored import FactoredBias
 
 __all__ = ["is_slower", "run", "unavailable", "unsupported"]
@@ -24,9 +24,6 @@ LONGEST = packing.TILE_CENTRE_FROM
 
 UNEVEN = 2
 """Times the mean rank of the heads that the largest is, from which on heads are not all given the largest."""
-
-FEWEST_KEYS = 64
-"""Keys of a tile; where factors fill the shared memory there is room for fewer, and steps cost more than scores."""
 
 SHORT = 128
 """Queries that do not fill one tile."""
@@ -124,10 +121,7 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
 
 def is_slower(call: Call) -> bool:
     """Whether the portable kernels should be faster (docs/kernels.md); the limits lie between what was measured."""
-    if call.seqlen_q <= SHORT or _is_uneven(call.bias):
-        return True
-    widths = columns_of(call.query.shape[-1]), columns_of(call.value.shape[-1])
-    return forward_config(*widths, _columns(call)).block_n < FEWEST_KEYS
+    return call.seqlen_q <= SHORT or _is_uneven(call.bias)
 
 
 def _is_uneven(bias: FactoredBias | None) -> bool:

@@ -1,6 +1,7 @@
 """Backward pass for Hopper: prepares rows and buffers, launches the fused kernel, brings sums to the gradients' dtypes.
 
 The fused kernel adds parts of dq, dphi_q and dphi_k in an order that varies: fast, and not repeatable to the bit.
+Wide factors that many (batch, head) pairs share get their gradients from a kernel of its own (`triton/shared.py`).
 What it does not do goes to the portable kernels: short windows, which one tile holds, factors that grouped heads do
 not share, and gradients of factors beside float16 queries, whose precision bfloat16 operands lack.
 """
@@ -24,11 +25,14 @@ from flashbias.attention.hopper.operands import (
 from flashbias.attention.hopper.schedule import Band, Schedule, banded
 from flashbias.attention.layout import cdiv
 from flashbias.attention.triton import backward as portable
-from flashbias.attention.triton import window
+from flashbias.attention.triton import shared, window
 from flashbias.attention.triton.assembler import soundly_assembled
 from flashbias.attention.triton.operands import flattened, multiprocessors
 
 __all__ = ["launch"]
+
+FEWEST_MEMBERS = 8
+"""Pairs that share a factor from which on one sum of dS for all of them is cheaper than products for each."""
 
 
 @soundly_assembled
@@ -56,10 +60,15 @@ def chosen(ops: HopperOperands, needs_grad: tuple[bool, ...]) -> BackwardConfig 
     apart = ops.rank > 0 and not _is_one_for_each_group(ops)
     if window.fits(ops, needs_grad) or apart or (needs_phi and ops.q.dtype == torch.float16):
         return None
-    block_g = columns_of(ops.rank) if needs_phi else 0
+    block_g = columns_of(ops.rank) if needs_phi and not are_summed_apart(ops) else 0
     if is_slower(ops, block_g):
         return None
     return backward_config(ops.block_d, ops.block_dv, ops.columns, block_g)
+
+
+def are_summed_apart(ops: HopperOperands) -> bool:
+    """Whether gradients of factors come from the kernel for wide, shared ones."""
+    return ops.rank > NARROWEST and ops.sharing_q.members >= FEWEST_MEMBERS and shared.is_possible(ops)
 
 
 def _is_one_for_each_group(ops: HopperOperands) -> bool:
@@ -97,8 +106,10 @@ def launch_as(
     dk, dv = (_target(ops, grad, x) for grad, x in ((grads[1], ops.k), (grads[2], ops.v)))
     rank = ops.rank
     block_g = columns_of(max(rank, 1))
-    dpq = _sums(factors.phi_q, block_g) if factors is not None and need_phi_q else None
-    dpk = _sums(factors.phi_k, block_g) if factors is not None and need_phi_k else None
+    sum_q = _sums(factors.phi_q, block_g) if factors is not None and need_phi_q else None
+    sum_k = _sums(factors.phi_k, block_g) if factors is not None and need_phi_k else None
+    apart = are_summed_apart(ops)
+    dpq, dpk = (None, None) if apart else (sum_q, sum_k)
 
     q, do = descriptor(ops.q, block_m, ops.block_d), descriptor(dout, block_m, ops.block_dv)
     k, v = descriptor(ops.k, ROWS, ops.block_d), descriptor(ops.v, ROWS, ops.block_dv)
@@ -142,7 +153,9 @@ def launch_as(
     for grad, made in ((grads[1], dk), (grads[2], dv)):
         if grad.numel() and ops.flat(grad).data_ptr() != made.data_ptr():
             ops.flat(grad).copy_(made)
-    for grad, sums in ((grads[3], dpq), (grads[4], dpk)):
+    if apart and factors is not None and (need_phi_q or need_phi_k):
+        shared.launch(ops, (factors.phi_q, factors.phi_k), (sum_q, sum_k), dout, lse2, delta)
+    for grad, sums in ((grads[3], sum_q), (grads[4], sum_k)):
         if sums is not None:
             grad.view(-1, sums.shape[1], rank).copy_(sums[..., :rank])
 
