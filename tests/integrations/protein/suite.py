@@ -122,17 +122,19 @@ class PairSuite(ABC):
             for _ in range(2):
                 assert relative(self.seen(model(**given)), expected) < 2 * TOL
 
-    def test_autocast_is_as_good(self) -> None:
-        """No further from float32 than the model's own code under the same autocast; the bound is not voided."""
+    def test_autocast(self) -> None:
+        """No further from float32 than the model's own code under the same autocast and the tolerance together."""
         model, given = self.make(), self.inputs(smooth_pairs)
         with torch.no_grad():
             truth = self.seen(model(**given))
             with torch.autocast("cpu", torch.bfloat16):
-                own = (self.seen(model(**given)) - truth).square().mean()
-                patch(model, tol=1e-4)
-                ours = (self.seen(model(**given)) - truth).square().mean()
-        assert 0 < ours < 1.1 * own
-        assert 0 < self.only_calls(model).certificate <= 1e-4
+                own = relative(self.seen(model(**given)).float(), truth)
+                patch(model, tol=1e-2)
+                ours = relative(self.seen(model(**given)).float(), truth)
+        assert ours < own + 2e-2
+        calls = self.only_calls(model)
+        assert calls.factored == 1, calls.reason
+        assert 0 < calls.certificate <= 1e-2, "the bound would be void if the compression ran in bfloat16"
 
     def test_a_frozen_bias_leaves_all_other_gradients(self) -> None:
         model, given = self.make().train(), self.inputs(smooth_pairs)
@@ -167,6 +169,8 @@ class PairSuite(ABC):
 
     def test_training_is_left_to_the_model(self) -> None:
         model, given = self.make().train(), self.inputs(smooth_pairs)
+        if not self.bias_parameters(model):  # it is given, and its gradient flows to whoever has made it
+            given["z"].requires_grad_()
         expected = self.gradients(model, given)
         patch(model, tol=TOL)
         found = self.gradients(model, given)
@@ -331,3 +335,19 @@ class ReusedSuite(PairSuite):
             model(**given)
             model(**given)
         assert (len(compressions), self.only_calls(model).dense) == (1, 2)
+
+
+def check_block(model: nn.Module, given: dict[str, Any], families: list[str], length: int, tol: float = 1e-4) -> None:
+    """A whole block: its attentions are found, called as the package calls them, and the output stays."""
+    with torch.no_grad():
+        expected = model(**copy.deepcopy(given))
+        report = patch(model, tol=tol)
+        found = model(**copy.deepcopy(given))
+    assert sorted(entry.family for entry in report.replaced) == sorted(families)
+    assert not report.left
+    calls = pair_bias_calls(model)
+    assert list(calls) == [entry.name for entry in report.replaced]
+    assert all((x.factored, x.dense) == (1, 0) for x in calls.values()), calls
+    for x, y in zip(found, expected, strict=True):
+        whole = (slice(None), *[slice(length)] * (x.dim() - 2))
+        assert 0 < relative(x[whole], y[whole]) < 20 * tol, "errors of all layers together"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from tests.integrations.protein.suite import (
     PairSuite,
     ReusedSuite,
     TriangleSuite,
+    check_block,
     fill,
     relative,
     rough_pairs,
@@ -29,11 +31,12 @@ pytest.importorskip("boltz", reason="`make protein` installs it")
 
 from boltz.model.layers import attention as boltz1
 from boltz.model.layers import attentionv2 as boltz2
+from boltz.model.layers import pairformer
 from boltz.model.layers.triangular_attention.attention import (
     TriangleAttentionEndingNode,
     TriangleAttentionStartingNode,
 )
-from boltz.model.modules import transformers, transformersv2
+from boltz.model.modules import transformers, transformersv2, trunk
 
 
 class TestStartingNode(TriangleSuite):
@@ -132,6 +135,17 @@ def test_one_bias_for_all_samples() -> None:
         expected = model(**given)
         patch(model, tol=1e-4)
         assert 0 < relative(model(**given), expected) < 2e-4
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("chunk", [None, 64])
+def test_a_block_of_the_pairformer(version: int, chunk: int | None) -> None:
+    make: Any = trunk.PairformerLayer if version == 1 else partial(pairformer.PairformerLayer, v2=True)
+    block = make(CHANNELS, CHANNELS, HEADS, 0.25, WIDTH, HEADS)
+    keep = valid(1)
+    masks = {"mask": keep, "pair_mask": keep[:, :, None] * keep[:, None]}
+    given = {"s": tokens(1), "z": smooth_pairs(1), **masks, "chunk_size_tri_attn": chunk}
+    check_block(fill(block), given, ["Boltz triangle"] * 2 + [f"Boltz-{version} pair bias"], int(keep.sum()))
 
 
 @pytest.mark.parametrize("module", [transformers, transformersv2], ids=["boltz1", "boltz2"])

@@ -13,6 +13,7 @@ from tests.integrations.protein.suite import (
     InnerSuite,
     ReusedSuite,
     TriangleSuite,
+    check_block,
     fill,
     relative,
     smooth_pairs,
@@ -25,6 +26,7 @@ from flashbias.integrations import patch, supports
 
 pytest.importorskip("openfold3", reason="`make protein` installs it")
 
+from openfold3.core.model.latent.pairformer import PairFormerBlock
 from openfold3.core.model.layers import attention_pair_bias as layers
 from openfold3.core.model.layers.triangular_attention import (
     TriangleAttentionEndingNode,
@@ -118,3 +120,22 @@ def test_windows_of_atoms_are_left() -> None:
     model = fill(layers.CrossAttentionPairBias(**SIZES, c_hidden=WIDTH, no_heads=HEADS, n_query=32, n_key=128))
     (entry,) = supports(model).left
     assert (entry.family, entry.note) == ("OpenFold3 atoms", "windows of atoms, too small for factors")
+
+
+@pytest.mark.parametrize("chunk", [None, 64])
+def test_a_block_of_the_pairformer(chunk: int | None) -> None:
+    """It calls the attention about ending nodes with transposed pairs and a bias to be transposed."""
+    sizes = {"c_hidden_pair_bias": WIDTH, "c_hidden_mul": CHANNELS, "c_hidden_pair_att": WIDTH}
+    heads = {"no_heads_pair_bias": HEADS, "no_heads_pair": HEADS}
+    more = {"transition_type": "swiglu", "transition_n": 2, "pair_dropout": 0.25, "fuse_projection_weights": False}
+    block = fill(PairFormerBlock(CHANNELS, CHANNELS, **sizes, **heads, **more, inf=1e9))
+    keep = valid(1)
+    masks = {"single_mask": keep, "pair_mask": keep[:, :, None] * keep[:, None]}
+    given = {
+        "s": tokens(1),
+        "z": smooth_pairs(1),
+        **masks,
+        "_attn_chunk_size": chunk,
+        "inplace_safe": chunk is not None,
+    }
+    check_block(block, given, ["OpenFold3 triangle"] * 2 + ["OpenFold3 pair bias"], int(keep.sum()))

@@ -10,10 +10,12 @@ import torch
 from tests.integrations.protein.suite import (
     CHANNELS,
     HEADS,
+    LENGTH,
     WIDTH,
     InnerSuite,
     ReusedSuite,
     TriangleSuite,
+    check_block,
     fill,
     relative,
     smooth_pairs,
@@ -27,6 +29,7 @@ pytest.importorskip("protenix", reason="`make protein` installs it")
 # Its own layer norm is compiled for CUDA when it is imported, unless the environment says otherwise.
 os.environ.setdefault("LAYERNORM_TYPE", "torch")
 
+from protenix.model.modules.pairformer import PairformerBlock
 from protenix.model.modules.transformer import AtomTransformer, AttentionPairBias
 from protenix.model.triangular.triangular import TriangleAttention, TriangleAttentionEndingNode
 
@@ -99,3 +102,12 @@ def test_windows_outside_of_an_atom_transformer_are_left_to_the_model() -> None:
         expected = model(a, a, z, n_queries=32, n_keys=128)
         patch(model)
         assert torch.equal(model(a, a, z, n_queries=32, n_keys=128), expected)
+
+
+@pytest.mark.parametrize("chunk", [None, 64])
+def test_a_block_of_the_pairformer(chunk: int | None) -> None:
+    """Without padding, since its single attention has no mask."""
+    block = fill(PairformerBlock(HEADS, CHANNELS, CHANNELS, CHANNELS, WIDTH, HEADS, 2))
+    given = {"s": tokens(1), "z": smooth_pairs(1), "pair_mask": None, "chunk_size": chunk}
+    given["inplace_safe"] = chunk is not None
+    check_block(block, given, ["Protenix triangle"] * 2 + ["Protenix pair bias"], LENGTH)
