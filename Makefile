@@ -6,12 +6,14 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint docs unit interpreter format clean
+.PHONY: help demo test lint docs unit interpreter protein format clean
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
+# Models of proteins pin versions of their own: an environment beside the other, which it sees.
+PROTEIN ?= .venv-protein
 # Test processes run side by side, one thread each.
 JOBS   ?= 2
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
@@ -40,12 +42,16 @@ unit: $(VENV)/.installed-dev  ## tests on the CPU, published weights included
 interpreter: $(VENV)/.installed-dev  ## the Triton kernels on the CPU, through Triton's interpreter
 	TRITON_INTERPRET=1 $(ONE_THREAD) $(BIN)/pytest -n $(JOBS) -m "interpreter and not gpu" tests
 
+# Protenix would compile a kernel for CUDA when it is imported.
+protein: $(PROTEIN)/.installed  ## set up, then patched attentions of Boltz, OpenFold3 and Protenix
+	LAYERNORM_TYPE=torch $(ONE_THREAD) $(PROTEIN)/bin/python -m pytest -n $(JOBS) tests/integrations/protein
+
 format: $(VENV)/.installed-dev  ## rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment and everything that was built
-	rm -rf $(VENV) build dist site results
+	rm -rf $(VENV) $(PROTEIN) build dist site results
 
 # ---------------------------------------------------------------- environment
 
@@ -61,6 +67,14 @@ $(VENV)/.installed-demo: pyproject.toml constraints.txt | $(BIN)/python
 # timm comes without torchvision, which package indexes have for CUDA builds of torch only (tests/integrations/timm).
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@$(call install,dev) && $(PIP) install --quiet --no-deps -c constraints.txt timm && touch $@
+
+# A .pth file lends it the packages of the other environment, torch among them.
+$(PROTEIN)/.installed: tests/integrations/protein/requirements.txt $(VENV)/.installed-dev
+	$(BIN)/python -m venv --clear $(PROTEIN)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > $$($(PROTEIN)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/lent.pth
+	$(PROTEIN)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r $<
+	touch $@
 
 # The build backend comes first and pinned, so that pip needs no environment of its own to build in.
 install = echo "installing flashbias[$(1)] into $(VENV)" \

@@ -23,7 +23,10 @@ Tables = Literal["exact", "factors"]
 """What learned tables over fixed places become."""
 
 FOLDERS = {
+    "boltz": "flashbias.integrations.protein",
     "flash_abb": "flashbias.integrations.protein",
+    "openfold3": "flashbias.integrations.protein",
+    "protenix": "flashbias.integrations.protein",
     "timm": "flashbias.integrations.timm",
     "transformers": "flashbias.integrations.transformers",
 }

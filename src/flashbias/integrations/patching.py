@@ -35,7 +35,8 @@ def patch(
     """Make the biased attention of a model factored, in place.
 
     Formula: in every attention that is replaced, `softmax(scale q k^T + b) v` is computed with b as factors or as a
-    relative table; neither b nor the mask is formed as an N×M matrix.
+    relative table; neither b nor the mask is formed as an N×M matrix. A bias of the pairs of a protein is: it is
+    compressed in the forward pass, or left to the model's own code, see the page "Proteins".
 
     Use it on a model that is loaded and before it is compiled or wrapped. Weights stay where they are, so training,
     `state_dict`, `save_pretrained` and optimisers go on as before. The cost is O((N + M) · rank) memory in place of

@@ -6,6 +6,7 @@ Both take their bias as factors, or as the tensor that a model has, which is the
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -16,7 +17,7 @@ from flashbias.attention.workload import Workload
 from flashbias.decompose import compress
 from flashbias.factored import FactoredBias
 
-__all__ = ["pair_bias_attention", "triangle_attention"]
+__all__ = ["compressed", "pair_bias_attention", "triangle_attention"]
 
 BLOCK_ENTRIES = 1 << 24
 """Scores that are formed at once when their largest is asked for."""
@@ -191,14 +192,36 @@ def _factors(bias: Tensor | FactoredBias, q: Tensor, keep: Tensor | None, tol: f
             "bias is a tensor that needs a gradient, and the factors that compression finds are constants: pass a "
             "FactoredBias (of a NeuralBias, for instance), or bias.detach()"
         )
-    batch, biases = math.prod(q.shape[:-3]), math.prod(bias.shape[:-3])
+    needs_grad = needs_grad and torch.is_grad_enabled()
+    return compressed(bias, keep, tol, q.shape[:-3], q.shape[-1], needs_grad=needs_grad)
+
+
+def compressed(
+    bias: Tensor, keep: Tensor | None, tol: float, batch: Sequence[int], head_dim: int, *, needs_grad: bool
+) -> FactoredBias:
+    """Compress a bias tensor for the attention that will read it.
+
+    Args:
+        bias: `[*batch or 1, H, N, M]`, without a gradient.
+        keep: booleans that broadcast to the scores `[*batch, H, N, M]`, True where an entry is read; None: everywhere.
+        tol: as in `compress`.
+        batch: the batch dimensions of the queries.
+        head_dim: width of the queries.
+        needs_grad: whether queries, keys or values need gradients, which changes what forms cost.
+
+    Returns:
+        Constant factors that keep `tol`, with their report.
+
+    Raises:
+        ValueError: entries that are read are not finite.
+        NotLowRankError: no factors keep `tol` at less than the cost of a dense kernel.
+    """
     workload = Workload(
-        q.shape[-3],
-        *bias.shape[-2:],
-        head_dim=q.shape[-1],
-        batch=batch,
-        shared_bias=biases,
-        training="frozen" if needs_grad and torch.is_grad_enabled() else "none",
+        *bias.shape[-3:],
+        head_dim=head_dim,
+        batch=math.prod(batch),
+        shared_bias=math.prod(bias.shape[:-3]),
+        training="frozen" if needs_grad else "none",
     )
     factors = compress(bias, tol, table=None, mask=_read_by_any(keep, bias.shape), workload=workload)
     assert isinstance(factors, FactoredBias), "a MixedBias comes of allow_dense alone"
