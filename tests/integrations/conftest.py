@@ -4,5 +4,5 @@ from __future__ import annotations
 
 import pytest
 
-for suite in ("suite", "tables", "vision", "transformers.suite", "transformers.vision", "timm.vision"):
+for suite in ("suite", "tables", "learned", "vision", "transformers.suite", "transformers.vision", "timm.vision"):
     pytest.register_assert_rewrite(f"tests.integrations.{suite}")
