@@ -100,8 +100,8 @@ def test_least_squares() -> None:
         left = learned.centred(wanted - table[:, owner.attention_bias_idxs]).square().sum()
         (slope,) = torch.autograd.grad(left, table)
         # The factors were widened from float32 by unpatch as they were here, so that only rounding is left.
-        assert float(slope.abs().max()) < 1e-9 * float(left)
-        assert float(left) > 1e-6
+        assert float(slope.abs().max()) < 1e-9 * float(left.detach())
+        assert float(left.detach()) > 1e-6
 
 
 def test_one_table_has_one_set_of_factors() -> None:
