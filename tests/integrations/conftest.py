@@ -4,5 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-for suite in ("suite", "tables", "vision", "transformers.suite", "transformers.vision", "timm.vision", "protein.suite"):
+SUITES = (
+    "suite", "tables", "learned", "vision", "transformers.suite", "transformers.vision", "timm.vision", "protein.suite",
+)  # fmt: skip
+
+for suite in SUITES:
     pytest.register_assert_rewrite(f"tests.integrations.{suite}")

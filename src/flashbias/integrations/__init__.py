@@ -7,6 +7,15 @@ from __future__ import annotations
 
 from flashbias.integrations.base import Family
 from flashbias.integrations.patching import patch, supports, unpatch
-from flashbias.integrations.report import AttentionEntry, PatchReport
+from flashbias.integrations.report import AttentionEntry, PatchReport, UnpatchReport, WrittenTable
 
-__all__ = ["AttentionEntry", "Family", "PatchReport", "patch", "supports", "unpatch"]
+__all__ = [
+    "AttentionEntry",
+    "Family",
+    "PatchReport",
+    "UnpatchReport",
+    "WrittenTable",
+    "patch",
+    "supports",
+    "unpatch",
+]

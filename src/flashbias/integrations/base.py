@@ -46,14 +46,18 @@ class Options:
 class Changes:
     """Changes to a model's modules, written down so that they can be undone to the bit.
 
-    Everything is set in a module's `__dict__`: `nn.Module` never sees it, so parameters, buffers and the keys of
-    `state_dict` stay what they are. A deep copy of the model holds a copy of its changes.
+    What is set stands in a module's `__dict__`: `nn.Module` never sees it, so parameters, buffers and the keys of
+    `state_dict` stay what they are, but for modules that are added. A deep copy of the model holds a copy of its
+    changes.
     """
 
     def __init__(self) -> None:
         # module, attribute, whether it was there, what it was, what it is now
         self._set: list[tuple[nn.Module, str, bool, Any, Any]] = []
         self._hooks: list[RemovableHandle] = []
+        # module, name, what was added; module, name, whether the parameter required a gradient
+        self._added: list[tuple[nn.Module, str, nn.Module]] = []
+        self._frozen: list[tuple[nn.Module, str, bool]] = []
 
     def set(self, module: nn.Module, name: str, value: Any) -> None:
         """Give one module an attribute of its own."""
@@ -64,6 +68,18 @@ class Changes:
     def hook(self, handle: RemovableHandle) -> None:
         """Keep the handle of a hook that was registered."""
         self._hooks.append(handle)
+
+    def add(self, module: nn.Module, name: str, child: nn.Module) -> None:
+        """Give one module a child of its own, with its parameters."""
+        self._added.append((module, name, child))
+        module.add_module(name, child)
+
+    def freeze(self, module: nn.Module, name: str) -> None:
+        """Keep optimisers from a parameter. Its gradient is dropped: a step would still apply it."""
+        parameter = getattr(module, name)
+        self._frozen.append((module, name, parameter.requires_grad))
+        parameter.requires_grad_(False)
+        parameter.grad = None
 
     def undo(self) -> None:
         """Put everything back.
@@ -77,14 +93,23 @@ class Changes:
                     f"{name!r} of a {type(module).__name__} was replaced after patch(): undo that first, "
                     "so that unpatch() does not overwrite it"
                 )
+        for module, name, child in self._added:
+            if module._modules.get(name) is not child:
+                raise RuntimeError(f"{name!r} of a {type(module).__name__} was replaced after patch(): undo that first")
         for handle in self._hooks:
             handle.remove()
+        for module, name, _ in self._added:
+            delattr(module, name)
+        for module, name, required in reversed(self._frozen):
+            getattr(module, name).requires_grad_(required)
         for module, name, existed, before, _ in reversed(self._set):
             if existed:
                 module.__dict__[name] = before
             else:
                 del module.__dict__[name]
         self._set.clear()
+        self._added.clear()
+        self._frozen.clear()
         self._hooks.clear()
 
 

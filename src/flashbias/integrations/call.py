@@ -11,6 +11,7 @@ from flashbias.attention import attention
 from flashbias.factored import FactoredBias
 from flashbias.integrations.base import SETTINGS
 from flashbias.integrations.factors import TableFactors
+from flashbias.integrations.learned import LearnedTable
 
 __all__ = ["Settings", "call", "settings_of"]
 
@@ -25,7 +26,7 @@ class Settings:
     """
 
     impl: str
-    factors: TableFactors | None = field(default=None, kw_only=True)
+    factors: TableFactors | LearnedTable | None = field(default=None, kw_only=True)
 
 
 def settings_of(module: nn.Module) -> Any:

@@ -42,6 +42,11 @@ class Source:
         assert isinstance(tensor, Tensor), path
         return cls(root, path, tensor.detach().clone(), _stamp(tensor))
 
+    def place(self) -> tuple[nn.Module, str]:
+        """The module that holds it, and its name there."""
+        path, _, leaf = self.path.rpartition(".")
+        return self.root.get_submodule(path), leaf
+
     def tensor(self) -> Tensor | None:
         """What is found there now."""
         return _at(self.root, self.path)
@@ -137,7 +142,7 @@ class TableFactors:
                 raise RuntimeError(
                     f"{type(module).__name__} is in training and its table is factors, which are constants: "
                     f"{source.path!r} requires a gradient and would get none. Freeze it with requires_grad_(False), "
-                    "or unpatch and patch with tables='exact'"
+                    "or unpatch and patch with tables='exact', or with train_bias=True"
                 )
 
     def _check_unchanged(self, module: nn.Module) -> None:

@@ -10,7 +10,8 @@ from torch import nn
 from flashbias.attention import implementations
 from flashbias.decompose.bound import check_tol
 from flashbias.integrations.base import SETTINGS, Changes, Family, Options, Plan, Tables, families_for
-from flashbias.integrations.report import PatchReport
+from flashbias.integrations.learned import learned_tables
+from flashbias.integrations.report import PatchReport, UnpatchReport
 
 __all__ = ["patch", "supports", "unpatch"]
 
@@ -39,9 +40,9 @@ def patch(
     compressed in the forward pass, or left to the model's own code, see the page "Proteins".
 
     Use it on a model that is loaded and before it is compiled or wrapped. Weights stay where they are, so training,
-    `state_dict`, `save_pretrained` and optimisers go on as before. The cost is O((N + M) · rank) memory in place of
-    O(N · M). Each attention either takes the form that its family calls exact, or one that keeps `tol`, or stays as it
-    was; the report says which and why.
+    `state_dict`, `save_pretrained` and optimisers go on as before, unless factors are to be trained. The cost is
+    O((N + M) · rank) memory in place of O(N · M). Each attention either takes the form that its family calls exact, or
+    one that keeps `tol`, or stays as it was; the report says which and why.
 
     Args:
         model: a model of a known family, or one that contains some. See the page "Models" for the list.
@@ -51,10 +52,16 @@ def patch(
             trained as before. "factors": each is compressed now (well under a second for a window, some seconds for
             hundreds of tokens) to factors that keep `tol`, if these are predicted to cost less than a dense bias; the
             others stay exact tables, and the report says why. Factors are constants, for inference: if the table
-            changes afterwards, or would have to be trained, the next forward pass raises.
+            changes afterwards, or would have to be trained, the next forward pass raises. With `train_bias=True` they
+            are parameters instead.
         impl: as in `flashbias.attention`: "auto", "triton", "sdpa" or "reference".
-        train_bias: let the parameters of decomposed biases train as factors. Exact forms need no asking: gradients
-            reach the model's own parameters either way.
+        train_bias: let the tables that become factors train as factors, which matters with `tables="factors"` alone.
+            Their factors are float32 parameters (float64 beside such a table) of the model, named after the table
+            with `_flashbias_factors` behind it; they need a gradient even if the table did not. Make the optimiser
+            after `patch`, from `model.parameters()`: an older one does not know them. The table is frozen and its
+            gradient dropped. `state_dict` has the factors too, so it loads into models that are patched in the same
+            way, and elsewhere raises for unexpected keys; `unpatch` writes them to the table. Tables that a network
+            makes, and others that stay exact, train as they do with `tables="exact"`, and the report says which.
 
     Returns:
         A `PatchReport`; print it.
@@ -64,7 +71,7 @@ def patch(
         ValueError: no attention of the model carries a bias that is known here, or it is patched already, or
             `tol`, `tables` or `impl` is none of what is allowed, or `tables="factors"` meets weights without values.
         NotImplementedError: the family is known and this configuration of it is not supported; the message names it.
-            Or `impl` cannot run on this machine. Or `train_bias=True` together with `tables="factors"`.
+            Or `impl` cannot run on this machine.
 
     Supports:
         Training with every gradient of the unpatched model, dropout, gradient checkpointing, padding masks,
@@ -82,7 +89,8 @@ def patch(
         encoder.block.0.layer.0.SelfAttention  T5      replaced  exact table     0        exact
         >>> torch.allclose(model(tokens).last_hidden_state, before, atol=1e-5)
         True
-        >>> fb.integrations.unpatch(model)
+        >>> len(fb.integrations.unpatch(model))  # no table was trained as factors
+        0
         >>> torch.equal(model(tokens).last_hidden_state, before)
         True
 
@@ -116,18 +124,25 @@ def patch(
     return report
 
 
-def unpatch(model: nn.Module) -> None:
+def unpatch(model: nn.Module) -> UnpatchReport:
     """Take back what `patch` did to this model: every attribute, hook and configuration as it was before.
 
-    Parameters keep the values that they have now: what was trained while patched stays trained.
+    Parameters keep the values that they have now: what was trained while patched stays trained. Factors that were
+    trained in place of a table are written to it: the table becomes the one whose bias is closest to theirs, by least
+    squares over all pairs and up to constants of rows, which softmax does not see. A table has fewer numbers than the
+    pairs it serves, so something may be lost; the report says how much. A table that was not trained keeps its bits.
 
     Args:
         model: the module that `patch` was called with, or a deep copy of it.
 
+    Returns:
+        An `UnpatchReport`: the residual of each table that was written. It is empty where nothing was.
+
     Raises:
         TypeError: `model` is not a module.
         ValueError: the model is not patched, or a part of it was patched by itself; the message names it.
-        RuntimeError: something that `patch` had set was replaced since.
+        RuntimeError: something that `patch` had set was replaced since, or a table whose factors were trained has
+            another shape; nothing is changed then.
     """
     _check_module(model)
     record = model.__dict__.get(RECORD)
@@ -135,8 +150,14 @@ def unpatch(model: nn.Module) -> None:
         part = _patched_part(model)
         where = "" if part is None else f"; its part {part!r} is: unpatch that"
         raise ValueError(f"model is not patched, got {type(model).__name__}{where}")
+    tables = learned_tables(model)
+    for name, table in tables.items():
+        table.check_shape(name)
+    trained = {name: table.factors() for name, table in tables.items()}
     record.changes.undo()
     del model.__dict__[RECORD]
+    written = (table.write(name, trained[name]) for name, table in tables.items())
+    return UnpatchReport(type(model).__name__, tuple(entry for entry in written if entry is not None))
 
 
 def supports(
@@ -163,7 +184,7 @@ def supports(
     Raises:
         TypeError: as in `patch`.
         ValueError: the model is patched already, or `tol`, `tables` or `impl` is none of what is allowed.
-        NotImplementedError: `impl` cannot run on this machine, or `train_bias=True` together with `tables="factors"`.
+        NotImplementedError: `impl` cannot run on this machine.
     """
     options = _checked(model, tol, impl, train_bias, tables)
     _check_not_patched(model)
@@ -197,11 +218,6 @@ def _checked(model: nn.Module, tol: float, impl: str, train_bias: bool, tables: 
         raise TypeError(f"train_bias must be a bool, got {train_bias!r}")
     if tables not in get_args(Tables):
         raise ValueError(f"tables must be 'exact' or 'factors', got {tables!r}")
-    if train_bias and tables == "factors":
-        raise NotImplementedError(
-            "train_bias=True together with tables='factors': factors of a table are constants; "
-            "tables='exact' trains the model's own tables"
-        )
     known = implementations()
     if impl != "auto" and impl not in known:
         raise ValueError(f"impl must be 'auto' or one of {sorted(known)}, got {impl!r}")

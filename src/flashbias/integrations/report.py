@@ -1,4 +1,7 @@
-"""`PatchReport`: what was done, or would be done, to every attention of a model that is known to carry a bias."""
+"""`PatchReport`: what was done, or would be done, to every attention of a model that is known to carry a bias.
+
+`UnpatchReport`: what was written to its tables when that was taken back.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["AttentionEntry", "PatchReport"]
+__all__ = ["AttentionEntry", "PatchReport", "UnpatchReport", "WrittenTable"]
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,67 @@ class PatchReport:
 
     def _having(self, status: str) -> tuple[AttentionEntry, ...]:
         return tuple(entry for entry in self.entries if entry.status == status)
+
+
+@dataclass(frozen=True)
+class WrittenTable:
+    """A table that trained factors were written to, and what it cannot express of them.
+
+    The residual is the bias of the factors minus that of the table, as the table is afterwards, rounding included.
+
+    Args:
+        name: of the table's parameter within the model.
+        residual: root mean square of the residual, in units of the scores. Constants of rows, which softmax does not
+            see, are taken off.
+        certificate: bound on how far the residual moves the output of the attention, relative to the diameter of the
+            values that a query sees.
+    """
+
+    name: str
+    residual: float
+    certificate: float
+
+
+@dataclass(frozen=True)
+class UnpatchReport:
+    """What `unpatch` wrote to the tables of a model. Print it, or walk over its entries.
+
+    Args:
+        model: name of the model's class.
+        entries: one for each table that trained factors were written to; none where nothing was trained as factors.
+
+    Example:
+        >>> from flashbias.integrations import UnpatchReport, WrittenTable
+        >>> print(UnpatchReport("SwinModel", (WrittenTable("block.0.table", 0.0123, 0.004),)))
+        SwinModel: 1 table written
+        table          residual  certificate
+        block.0.table   1.2e-02      4.0e-03
+    """
+
+    model: str
+    entries: tuple[WrittenTable, ...] = ()
+
+    def __iter__(self) -> Iterator[WrittenTable]:
+        """Walk over the entries."""
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        """Number of tables that were written."""
+        return len(self.entries)
+
+    @property
+    def certificate(self) -> float:
+        """The largest certificate of all tables; 0.0 if none was written."""
+        return max((entry.certificate for entry in self.entries), default=0.0)
+
+    def __str__(self) -> str:
+        """One line for the model and one for each table."""
+        head = f"{self.model}: {len(self)} table{'' if len(self) == 1 else 's'} written"
+        if not self.entries:
+            return head
+        width = max(len("table"), *(len(entry.name) for entry in self.entries))
+        lines = [f"{entry.name:{width}}  {entry.residual:8.1e}  {entry.certificate:11.1e}" for entry in self.entries]
+        return "\n".join([head, f"{'table':{width}}  residual  certificate", *lines])
 
 
 def _cells(entry: AttentionEntry) -> tuple[str, ...]:

@@ -93,7 +93,8 @@ class TestInterpreted:
         """A gradient that is not asked for has no buffer."""
         x = torch.randn(2, 2, 20, 16)
         phi = torch.randn(1, 2, 20, 20)
-        ops = Operands.of(x, x, x, phi, phi, *(None,) * 7, 20, 20, [], SCALE, -1, -1, False, 0.0)
+        nothing = (None, None, None, None, None, None, None)
+        ops = Operands.of(x, x, x, phi, phi, *nothing, 20, 20, [], SCALE, -1, -1, False, 0.0)
         rows = torch.zeros(2, 2, 20)
         flat = flatten_heads(phi)
         both = (torch.zeros(2, 20, 20), torch.zeros(2, 20, 20))

@@ -31,6 +31,12 @@ from flashbias.attention.triton.operands import flattened, multiprocessors
 
 __all__ = ["launch"]
 
+MANY_COLUMNS = 64
+"""Packed columns beyond which the portable kernels read factors in chunks."""
+
+WIDEST_BESIDE = 32
+"""Rank up to which each pair's own products for the factors' gradients cost less than a walk of their own."""
+
 FEWEST_MEMBERS = 8
 """Pairs that share a factor from which on one sum of dS for all of them is cheaper than products for each."""
 
@@ -68,7 +74,8 @@ def chosen(ops: HopperOperands, needs_grad: tuple[bool, ...]) -> BackwardConfig 
 
 def are_summed_apart(ops: HopperOperands) -> bool:
     """Whether gradients of factors come from the kernel for wide, shared ones."""
-    return ops.rank > NARROWEST and ops.sharing_q.members >= FEWEST_MEMBERS and shared.is_possible(ops)
+    is_wide = ops.rank > WIDEST_BESIDE and ops.sharing_q.members >= FEWEST_MEMBERS
+    return is_wide and shared.is_possible(ops)
 
 
 def _is_one_for_each_group(ops: HopperOperands) -> bool:
@@ -79,12 +86,16 @@ def _is_one_for_each_group(ops: HopperOperands) -> bool:
 
 def is_slower(ops: HopperOperands, block_g: int) -> bool:
     """Whether the portable kernels were faster on an H200 (docs/kernels.md)."""
-    width = max(ops.block_d, ops.block_dv)
+    width, members = max(ops.block_d, ops.block_dv), ops.sharing_q.members
+    if ops.columns > MANY_COLUMNS and width <= 64:
+        return False
     if width <= 16:
         return block_g > NARROWEST
     if width <= 32:
-        return block_g > NARROWEST or (block_g > 0 and ops.sharing_q.members == 1)
-    return width == 64 or block_g > 0
+        return block_g > NARROWEST or (block_g > 0 and members == 1)
+    if width <= 64:
+        return block_g == 0 or members < FEWEST_MEMBERS
+    return block_g > 0
 
 
 def launch_as(

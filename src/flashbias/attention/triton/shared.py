@@ -198,9 +198,8 @@ def launch(
         lse2: as `backward.rows_of` makes it.
         delta: likewise.
     """
-    (phi_q, phi_k), (dphi_q, dphi_k) = factors, sums
-    sharing, wide = ops.sharing_q, max(ops.block_d, ops.block_dv) > 64
-    block_m, block_n = min(128, max(16, next_power_of_2(ops.seqlen_q))), 64
+    (phi_q, phi_k), (dphi_q, dphi_k), sharing = factors, sums, ops.sharing_q
+    block_m, block_n, num_warps, num_stages = tile_of(ops)
     blocks_m, blocks_n = cdiv(ops.seqlen_q, block_m), cdiv(ops.seqlen_k, block_n)
     splits = _splits(sharing, blocks_m * blocks_n, ops.q.device)
     assert ops.phi_q is not None
@@ -223,9 +222,15 @@ def launch(
         BLOCK_C=CHUNK,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
-        num_warps=8 if block_m == 128 else 4,
-        num_stages=2 if wide else 3,
+        num_warps=num_warps,
+        num_stages=num_stages,
     )  # fmt: skip
+
+
+def tile_of(ops: Operands) -> tuple[int, int, int, int]:
+    """Queries and keys of a tile, warps, and members in flight."""
+    block_m = min(128, max(16, next_power_of_2(ops.seqlen_q)))
+    return block_m, 64, 8 if block_m == 128 else 4, 2 if max(ops.block_d, ops.block_dv) > 64 else 3
 
 
 def _splits(sharing: Sharing, tiles: int, device: torch.device) -> int:

@@ -26,6 +26,7 @@ from flashbias.factored import FactoredBias
 from flashbias.integrations.base import Changes, known_class
 from flashbias.integrations.call import settings_of
 from flashbias.integrations.factors import sources_below
+from flashbias.integrations.learned import LearnedTable
 from flashbias.integrations.tables import StaticTable, TableFamily
 from flashbias.integrations.transformers.attend import attend
 from flashbias.integrations.transformers.base import TransformersFamily
@@ -93,6 +94,7 @@ class PatchFamily(TableFamily, TransformersFamily, register=False):
     biases: ClassVar[tuple[str, ...]]
     decodes = False
     factors_note = "for images of the size that the model is made for; exact table for others"
+    learned_note = "the certificate holds until they are trained; images of another size are refused"
 
     @abstractmethod
     def own_bias(self, model: nn.Module, attention: Any) -> nn.Module | None:
@@ -201,8 +203,18 @@ def bias_within(module: nn.Module, position: PositionBias, device: torch.device)
         module: the attention.
         position: what came through the model.
         device: where the queries live.
+
+    Raises:
+        ValueError: an image of another size, while factors are trained in place of the table.
+        RuntimeError: as `TableFactors.current`.
     """
     factors = settings_of(module).factors
+    if isinstance(factors, LearnedTable) and factors.window != position.window.size:
+        # The table has not seen the training: its bias would be another than that of the factors.
+        raise ValueError(
+            f"learned factors are for {factors.window} patches, got an image of {position.window.size}; "
+            "flashbias.unpatch(model) writes them to the table, which the model stretches"
+        )
     if factors is None or factors.window != position.window.size:
         return position.factored()
     return factors.current(module, device)
