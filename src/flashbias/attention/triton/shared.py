@@ -229,8 +229,9 @@ def launch(
 
 def tile_of(ops: Operands) -> tuple[int, int, int, int]:
     """Queries and keys of a tile, warps, and members in flight."""
-    block_m = min(128, max(16, next_power_of_2(ops.seqlen_q)))
-    return block_m, 64, 8 if block_m == 128 else 4, 2 if max(ops.block_d, ops.block_dv) > 64 else 3
+    is_wide = max(ops.block_d, ops.block_dv) > 64
+    block_m = min(128 if is_wide else 64, max(16, next_power_of_2(ops.seqlen_q)))
+    return block_m, 64, 8 if block_m == 128 else 4, 2 if is_wide else 3
 
 
 def _splits(sharing: Sharing, tiles: int, device: torch.device) -> int:
