@@ -189,7 +189,7 @@ class TestChoice:
             ({"n": 512, "m": 512}, False),
             ({"n": 128, "m": 512}, True),
             ({"n": 512, "m": 512, "bias": factors(16, 512, 512)}, False),
-            ({"n": 512, "m": 512, "bias": factors(100, 512, 512), "scale": 0.1}, True),
+            ({"n": 512, "m": 512, "bias": factors(100, 512, 512), "scale": 0.1}, False),
             ({"n": 512, "m": 512, "head_dim": 32, "bias": factors(32, 512, 512), "scale": 0.1}, False),
             ({"n": 512, "m": 512, "head_dim": 32, "bias": factors(128, 512, 512), "scale": 0.1}, False),
         ],

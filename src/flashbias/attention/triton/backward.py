@@ -6,6 +6,8 @@
 - `window.py`: short sequences, one tile for all: every gradient from one recomputation.
 - `table.py`: a tile walks over all that share the table, then adds its entries as integers.
 
+`shared.py` stands beside these: for passes that need not be repeatable and have no room for wide factors.
+
 A factor that is shared by many (batch, head) pairs gets its gradient summed in registers: its program walks over
 the members. Where the members alone would leave the GPU idle they are split, and the parts summed afterwards.
 """
