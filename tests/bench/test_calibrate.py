@@ -13,6 +13,7 @@ import torch
 
 from flashbias.attention import coefficients as shipped
 from flashbias.attention.coefficients import Coefficients, NoCoefficientsError
+from flashbias.attention.hopper.configs import ready_columns
 from flashbias.attention.plan import plan, predict_ms
 from flashbias.attention.workload import TableSize, Workload
 from flashbias.bench.calibrate import MIN_POINTS, calibrate, calibration_providers, compare, errors_by_form, fit
@@ -165,6 +166,62 @@ def test_features_that_no_point_has_get_no_coefficient() -> None:
     assert "lookups" not in model.coefficients
     with pytest.raises(NoCoefficientsError, match="lookups"):
         model.head_ms(points[0].workload, 0, TableSize(5))
+
+
+class TestKernelsWithoutTables:
+    """`ours/hopper` takes factors up to a width and no tables, so it stands beside an implementation that takes all."""
+
+    @staticmethod
+    def made() -> Coefficients:
+        """The portable kernels, and others at half their time."""
+        points = [point for point in synthetic() if point.family == "ours"]
+        plain = [replace(p, provider="ours/hopper", table=None, ms=p.ms / 2) for p in points if p.table is None]
+        return Coefficients("made", tuple(model for model, _ in fit([*points, *plain], "cuda")), {})
+
+    def test_their_limits_are_known(self) -> None:
+        portable, hopper = self.made().models
+        assert (portable.operands, portable.max_columns, portable.tables) == ("packed", None, True)
+        assert (hopper.operands, hopper.max_columns, hopper.tables) == ("ready", 256, False)
+
+    @pytest.mark.parametrize(
+        ("form", "rank", "table", "expected"),
+        [
+            ("factored", 16, None, "ours/hopper"),
+            ("factored", 256, None, "ours/hopper"),
+            ("factored", 257, None, "ours/triton"),
+            ("table", 0, TableSize(65), "ours/triton"),
+            ("table+factored", 16, TableSize(65), "ours/triton"),
+        ],
+        ids=str,
+    )
+    def test_the_fastest_that_can(self, form: str, rank: int, table: TableSize | None, expected: str) -> None:
+        w = Workload(num_heads=8, seqlen_q=4096, seqlen_k=4096, head_dim=64, factor_dtype=torch.bfloat16)
+        model, _ = self.made().fastest(form, w, (rank,) * 8, table)
+        assert model is not None
+        assert model.provider == expected
+
+    def test_all_heads_have_the_columns_of_the_largest(self) -> None:
+        portable, hopper = self.made().models
+        w = Workload(num_heads=2, seqlen_q=4096, seqlen_k=4096, head_dim=64, factor_dtype=torch.bfloat16)
+        assert hopper.ms(w, (4, 100)) == hopper.ms(w, (100, 100)) > hopper.ms(w, (4, 4))
+        assert portable.ms(w, (4, 100)) < portable.ms(w, (100, 100))
+
+    @pytest.mark.parametrize(
+        ("factor_dtype", "head_dim", "rank", "columns"),
+        [
+            (torch.bfloat16, 64, 32, 32),  # 1/8 is a power of two
+            (torch.bfloat16, 32, 32, 64),  # two parts
+            (torch.bfloat16, 64, 96, 128),
+            (torch.float32, 64, 5, 32),  # six products
+        ],
+    )
+    def test_columns_are_those_that_the_kernels_hold(
+        self, factor_dtype: torch.dtype, head_dim: int, rank: int, columns: int
+    ) -> None:
+        _, hopper = self.made().models
+        w = Workload(num_heads=1, seqlen_q=512, seqlen_k=512, head_dim=head_dim, factor_dtype=factor_dtype)
+        assert hopper.features(w, rank)["columns"] == 512 * 512 * columns
+        assert ready_columns(rank, factor_dtype, factor_dtype, head_dim**-0.5, w.dtype) == columns
 
 
 def test_what_peers_cannot_do_is_known() -> None:

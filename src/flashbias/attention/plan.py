@@ -261,7 +261,8 @@ def _break_even_rank(coefficients: Coefficients, workload: Workload) -> int | No
 class HeadCosts:
     """What one head adds to the time of a call in each form, for choosing a form head by head.
 
-    The launch, which all heads share, is left out.
+    The launch, which all heads share, is left out. Of this library's implementations the fastest that can do the head
+    counts, whatever the other heads need.
 
     Args:
         workload: the attention; its `num_heads` decides which dense provider is fastest.
@@ -281,7 +282,7 @@ class HeadCosts:
         heads = (0,) * workload.num_heads
         self.workload = workload
         self.device = coefficients.device
-        self._ours = coefficients.fastest("factored", workload, heads, None)[0]
+        self._ours = coefficients.candidates("factored", workload)
         self._dense = coefficients.fastest("dense", workload, heads, None)[0]
 
     def factored(self, rank: int) -> float:
@@ -299,8 +300,8 @@ class HeadCosts:
     def _own(self, rank: int, table: TableSize | None) -> float:
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
             raise ValueError(f"rank must be an integer >= 0, got {rank!r}")
-        assert self._ours is not None  # nothing puts this library's forms out of reach
-        return self._ours.head_ms(self.workload, rank, table)
+        able = (model for model in self._ours if model.can_take(self.workload, (rank,), table))
+        return min(model.head_ms(self.workload, rank, table) for model in able)
 
 
 # -------------------------------------------------------------------- for `explain`

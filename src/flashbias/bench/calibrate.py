@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from flashbias.attention.coefficients import FEATURES, Coefficients, Model
+from flashbias.attention.hopper import WIDEST_FACTORS
 from flashbias.attention.workload import Training
 from flashbias.bench.cases import CASES, Case, find_cases
 from flashbias.bench.environment import describe_environment
@@ -80,11 +81,17 @@ def _dtypes(dtype: torch.dtype, device_type: str) -> tuple[str, ...]:
 # Torch's CPU kernel pads nothing, and takes keys 512 at a time.
 _CPU_TILES = {"tile": 1, "causal_step": 512}
 
+_OURS: dict[str, dict[str, Any]] = {
+    "sdpa": {"operands": "concatenated", **_CPU_TILES},
+    "hopper": {"operands": "ready", "max_columns": WIDEST_FACTORS, "tables": False},
+}
+"""What else than packed operands and tables an implementation of this library has."""
+
 
 def _traits(provider: str, device_type: str) -> dict[str, Any]:
     family, who = provider.split("/", 1)
     if family == "ours":
-        return {"operands": "concatenated", **_CPU_TILES} if who == "sdpa" else {"operands": "packed"}
+        return dict(_OURS.get(who, {"operands": "packed"}))
     traits: dict[str, Any] = {} if device_type == "cuda" else dict(_CPU_TILES)
     peer = PEERS[who]
     if family != "bias-free":

@@ -39,6 +39,7 @@ import torch
 
 from flashbias.attention import packing
 from flashbias.attention.call import HALF
+from flashbias.attention.layout import next_power_of_2
 from flashbias.attention.workload import TableSize, Training, Workload, round_up
 
 __all__ = ["FEATURES", "FORMS", "Coefficients", "Device", "Model", "NoCoefficientsError"]
@@ -52,7 +53,7 @@ PROGRAM_ROWS = 128
 FORMS = ("factored", "table", "table+factored", "dense", "bias-free")
 _FAMILIES: dict[str, str] = dict(zip(FORMS, ("ours", "ours", "ours", "dense", "bias-free"), strict=True))
 
-Operands = Literal["packed", "concatenated", "none"]
+Operands = Literal["packed", "ready", "concatenated", "none"]
 Device = str | Path | torch.device | None
 
 HOW_TO_MEASURE = "`flashbias bench --calibrate --out coefficients.json` makes a file to pass as `device`"
@@ -75,13 +76,16 @@ class Model:
         training: see `Workload`.
         dtypes: names of the queries' dtypes for which it holds.
         coefficients: milliseconds per unit of each feature that was measured; none is negative.
-        operands: how factors come to the products: "packed" columns of their own, "concatenated" to queries and
-            keys (values are padded to the same width), or "none".
+        operands: how factors come to the products: "packed" columns of their own, "ready" ones with the scale in them
+            (as many for every head as for that of the largest rank), "concatenated" to queries and keys (values are
+            padded to the same width), or "none".
         tile: side of the tiles in which scores are worked through; lengths are padded to a multiple.
         causal_step: keys that are skipped together under a causal mask; default `tile`.
         causal: what becomes of tiles that a causal mask hides: they are "skipped", or "computed" and masked, or the
             mask is "unsupported".
         max_elements: entries that a dense bias may have, None for any number.
+        max_columns: columns that factors may have, None for any number.
+        tables: whether it takes relative tables.
     """
 
     family: str
@@ -94,6 +98,8 @@ class Model:
     causal_step: int | None = None
     causal: Literal["skipped", "computed", "unsupported"] = "skipped"
     max_elements: int | None = None
+    max_columns: int | None = None
+    tables: bool = True
 
     def __post_init__(self) -> None:
         """Check the coefficients, which come from a file."""
@@ -153,7 +159,8 @@ class Model:
 
     def ms(self, workload: Workload, ranks: Iterable[int], table: TableSize | None = None) -> float:
         """Time of a call whose heads have these ranks, and all of them the table."""
-        heads = Counter(ranks).items()
+        ranks = list(ranks)
+        heads = Counter([max(ranks)] * len(ranks) if self.operands == "ready" and ranks else ranks).items()
         return self.launch_ms + sum(count * self.head_ms(workload, rank, table) for rank, count in heads)
 
     def _operand_widths(self, w: Workload, rank: int) -> tuple[int, int, int]:
@@ -166,8 +173,15 @@ class Model:
             columns = rank * terms + (rank > 0 and dtype != torch.bfloat16)
             width = round_up(max(w.head_dim + columns, w.value_dim), 8)
             return 2 * width - own, 2 * width * dtype.itemsize, columns * dtype.itemsize
-        columns = _packed_columns(w, rank) if self.operands == "packed" else 0
+        columns = {"packed": _packed_columns, "ready": _ready_columns}.get(self.operands, _no_columns)(w, rank)
         return columns, own * size, columns * size
+
+    def can_take(self, w: Workload, ranks: Iterable[int], table: TableSize | None) -> bool:
+        """Whether the provider does a bias of this form at all."""
+        if table is not None and not self.tables:
+            return False
+        columns = self._operand_widths(w, max(ranks, default=0))[0]
+        return self.max_columns is None or columns <= self.max_columns
 
     def _skips_hidden(self, table: TableSize | None) -> bool:
         return self.causal == "skipped" and not (self.operands == "concatenated" and table is not None)
@@ -177,6 +191,18 @@ class Model:
             # A mask that the whole batch shares is written down, once more where pairs are hidden.
             return w.seqlen_q * w.seqlen_k * (2 if w.is_causal else 1)
         return w.batch * w.pairs(self.tile, half_width=table.near)
+
+
+def _no_columns(w: Workload, rank: int) -> int:
+    return 0
+
+
+def _ready_columns(w: Workload, rank: int) -> int:
+    """Columns of factors that have the default scale in them: a power of two that the matrix unit takes."""
+    if rank == 0:
+        return 0
+    terms = packing.ready_products(rank, w.factor_dtype, w.factor_dtype, w.head_dim**-0.5, w.dtype)
+    return max(16, next_power_of_2(rank * len(terms)))
 
 
 def _packed_columns(w: Workload, rank: int) -> int:
@@ -247,7 +273,8 @@ class Coefficients:
         self, form: str, workload: Workload, ranks: Sequence[int], table: TableSize | None
     ) -> tuple[Model | None, float]:
         """The provider of a form with the smallest predicted time, and that time; (None, inf) if out of reach."""
-        timed = [(model, model.ms(workload, ranks, table)) for model in self.candidates(form, workload)]
+        able = (model for model in self.candidates(form, workload) if model.can_take(workload, ranks, table))
+        timed = [(model, model.ms(workload, ranks, table)) for model in able]
         return min(timed, key=lambda pair: pair[1], default=(None, math.inf))
 
     @classmethod
