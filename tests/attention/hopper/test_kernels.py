@@ -106,7 +106,7 @@ PLAIN = Case("plain", n=40, m=70, heads=2)
 
 
 class TestHopper(AttentionSuite):
-    """The kernels take half precision alone, without tables, masks, dropout and packed batches.
+    """The kernels take half precision alone, without dropout and packed batches.
 
     What the suite asks for in float32 is asked for in bfloat16 here.
     """
@@ -226,8 +226,6 @@ class TestHopper(AttentionSuite):
             ({}, torch.float64, "float64"),
             ({"head_dim": 136}, torch.bfloat16, "head_dim 136"),
             ({"head_dim_v": 12}, torch.bfloat16, "head_dim_v 12"),
-            ({"mask": "padding"}, torch.bfloat16, "attn_mask"),
-            ({"table": 9}, torch.bfloat16, "table"),
         ):
             problem = replace(PLAIN, **changes).build(dtype, self.device)
             with pytest.raises(NotImplementedError, match=rf"impl='hopper'.*{message}.*would take"):
@@ -311,6 +309,51 @@ class TestTiles:
     def test_grouped_queries(self, phi_k: tuple[int, int]) -> None:
         """With factors that a group shares or not."""
         case = Case("gqa", n=130, m=150, heads=4, kv_heads=2, phi_q=(2, 4), phi_k=phi_k, options=BOTTOM_RIGHT | LSE)
+        check(case.build(torch.bfloat16, DEVICE))
+
+
+class TestTablesAndMasks:
+    """In tiles whole and cut, beside factors and a band, in every layout of the program."""
+
+    @pytest.fixture(autouse=True)
+    def _buffers(self, nan_filled_buffers: None) -> None:
+        """NaN in every buffer."""
+
+    @pytest.mark.parametrize("options", [{}, CAUSAL, CAUSAL | {"window": (150, None)}], ids=["full", "causal", "band"])
+    @pytest.mark.parametrize("table", [1, 33, 301, "toeplitz"])
+    @pytest.mark.parametrize("head_dim", [16, 64, 128])
+    def test_positions_as_codes(self, head_dim: int, table: int | str, options: dict[str, Any]) -> None:
+        """Tiles in the middle, across its ends and in both tails."""
+        check(
+            Case("table", n=420, head_dim=head_dim, rank=0, table=table, options=options).build(torch.bfloat16, DEVICE)
+        )
+
+    @pytest.mark.parametrize("n", [144, 576, 625])
+    @pytest.mark.parametrize("head_dim", [16, 32, 128])
+    @pytest.mark.parametrize("rank", [0, 4])
+    def test_codes_of_windows(self, rank: int, head_dim: int, n: int) -> None:
+        """With a table of every distance, and one that ends before."""
+        side = round(n**0.5)
+        for table in ((2 * side - 1) ** 2, 2 * side + 1):
+            case = Case("windows", batch=(5,), n=n, head_dim=head_dim, rank=rank, table=table, codes="window")
+            check(case.build(torch.bfloat16, DEVICE))
+
+    @pytest.mark.parametrize("mask", ["padding", "matrix", "full", "dead rows"])
+    @pytest.mark.parametrize(("n", "m"), [(128, 256), (300, 420), (193, 1500)])
+    @pytest.mark.parametrize("head_dim", [16, 64, 128])
+    def test_masks(self, head_dim: int, n: int, m: int, mask: str) -> None:
+        check(Case("mask", n=n, m=m, head_dim=head_dim, rank=3, mask=mask).build(torch.bfloat16, DEVICE))
+
+    @pytest.mark.parametrize("options", [{}, CAUSAL], ids=["full", "causal"])
+    def test_all_at_once(self, options: dict[str, Any]) -> None:
+        case = Case("all", batch=(3,), heads=4, kv_heads=2, n=330, head_dim=64, head_dim_v=32, rank=5, table=65,
+                    mask="full", options=options)  # fmt: skip
+        for dtype in HALVES.values():
+            check(case.build(dtype, DEVICE))
+
+    def test_cut_key_ranges(self) -> None:
+        """Some parts see no key."""
+        case = Case("cut", n=200, m=3000, batch=(1,), heads=1, rank=0, table=33, mask="padding")
         check(case.build(torch.bfloat16, DEVICE))
 
 

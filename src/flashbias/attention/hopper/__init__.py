@@ -75,8 +75,6 @@ def unsupported(call: Call) -> str | None:
             return f"{name} {size} is no multiple of {NARROWEST_STEP} up to {WIDEST_HEAD}"
     if call.varlen is not None:
         return "packed batches (cu_seqlens)"
-    if call.attn_mask is not None:
-        return "an attn_mask of the caller's own"
     if call.dropout_p > 0:
         return f"dropout_p {call.dropout_p}"
     if call.seqlen_q < FEWEST_QUERIES:
@@ -87,8 +85,6 @@ def unsupported(call: Call) -> str | None:
 def _unsupported_bias(call: Call) -> str | None:
     bias, query = call.bias, call.query
     assert bias is not None
-    if bias.table is not None:
-        return "a bias with a table"
     if packing.is_packed(bias.phi_q, bias.phi_k, query.dtype) and call.seqlen_k > LONGEST:
         return f"{call.seqlen_k} keys beside float32 factors, more than {LONGEST}"
     if bias.ranks is not None and {bias.phi_q.shape[-3], bias.phi_k.shape[-3]} != {len(bias.ranks)}:

@@ -2,8 +2,9 @@
 
 The fused kernel adds parts of dq, dphi_q and dphi_k in an order that varies: fast, and not repeatable to the bit.
 Wide factors that many (batch, head) pairs share get their gradients from a kernel of its own (`triton/shared.py`).
-What it does not do goes to the portable kernels: short windows, which one tile holds, factors that grouped heads do
-not share, and gradients of factors beside float16 queries, whose precision bfloat16 operands lack.
+What it does not do goes to the portable kernels: tables and masks of the caller's own, short windows, which one tile
+holds, factors that grouped heads do not share, and gradients of factors beside float16 queries, whose precision
+bfloat16 operands lack.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false
@@ -64,6 +65,8 @@ def chosen(ops: HopperOperands, needs_grad: tuple[bool, ...]) -> BackwardConfig 
     """The fused kernel's tile shape, or None where the portable kernels do the call."""
     needs_phi = needs_grad[3] or needs_grad[4]
     apart = ops.rank > 0 and not _is_one_for_each_group(ops)
+    if ops.table is not None or ops.mask is not None:
+        return None
     if window.fits(ops, needs_grad) or apart or (needs_phi and ops.q.dtype == torch.float16):
         return None
     block_g = columns_of(ops.rank) if needs_phi and not are_summed_apart(ops) else 0

@@ -92,20 +92,60 @@ def _produce(
 
 
 @jit
-def _issue_scores(q, k_smem, pq, pk_smem, stage, HAS_PHI: gl.constexpr, KEYS: gl.constexpr, BLOCK_N: gl.constexpr,
-                  BLOCK_D: gl.constexpr, BLOCK_R: gl.constexpr, k_layout: gl.constexpr, pk_layout: gl.constexpr,
-                  s_layout: gl.constexpr):  # fmt: skip
-    """S / scale of the first KEYS keys of a tile, in flight: the factors are one more chunk of the sum."""
+def _issue_scores(s, q, k_smem, pq, pk_smem, stage, HAS_TABLE: gl.constexpr, HAS_PHI: gl.constexpr,
+                  KEYS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_R: gl.constexpr,
+                  k_layout: gl.constexpr, pk_layout: gl.constexpr):  # fmt: skip
+    """S / scale of the first KEYS keys of a tile, in flight: a sum that starts at s; the factors are one more chunk."""
     k = k_smem.index(stage)._reinterpret(k_smem.dtype, [BLOCK_N, BLOCK_D], k_layout)
     if KEYS < BLOCK_N:
         k = k.slice(0, KEYS, 0)
-    s = warpgroup_mma(q, k.permute((1, 0)), gl.zeros([ROWS, KEYS], gl.float32, s_layout), use_acc=False, is_async=True)
+    s = warpgroup_mma(q, k.permute((1, 0)), s, use_acc=HAS_TABLE, is_async=True)
     if HAS_PHI:
         pk = pk_smem.index(stage)._reinterpret(pk_smem.dtype, [BLOCK_N, BLOCK_R], pk_layout)
         if KEYS < BLOCK_N:
             pk = pk.slice(0, KEYS, 0)
         s = warpgroup_mma(pq, pk.permute((1, 0)), s, is_async=True)
     return s
+
+
+@jit
+def _first_terms(table_ptr, q_code, code_k_ptr, start_m, start_n, seqlen_k, half, HAS_TABLE: gl.constexpr,
+                 HAS_CODES: gl.constexpr, HAS_EDGE: gl.constexpr, KEYS: gl.constexpr,
+                 s_layout: gl.constexpr):  # fmt: skip
+    """What the scores of a tile start from: entries of the table, over scale, or nothing."""
+    if not HAS_TABLE:
+        return gl.zeros([ROWS, KEYS], gl.float32, s_layout)
+    j = start_n + gl.arange(0, KEYS, gl.SliceLayout(0, s_layout))
+    if HAS_CODES:
+        k_code = gl.load(code_k_ptr + j, mask=j < seqlen_k, other=0) if HAS_EDGE else gl.load(code_k_ptr + j)
+        return _entries(table_ptr, q_code, k_code, half)
+    # Positions are their own codes: a tile far from the diagonal lies in one tail of the table.
+    is_after = start_n - (start_m + ROWS - 1) >= half
+    if is_after | (start_n + KEYS - 1 - start_m <= -half):
+        s = gl.full([ROWS, KEYS], gl.load(table_ptr + gl.where(is_after, half, -half)), gl.float32, s_layout)
+    else:
+        s = _entries(table_ptr, q_code, j, half)
+    return s
+
+
+@jit
+def _entries(table_ptr, q_code, k_code, half):
+    """Entries for each pair of codes; the table's first and last one hold for all beyond them."""
+    return gl.load(table_ptr + gl.minimum(gl.maximum(k_code[None, :] - q_code[:, None], -half), half))
+
+
+@jit
+def _unhidden(s, mask_ptr, mask_m, mask_n, queries, keys, MASK: gl.constexpr, KEYS: gl.constexpr,
+              s_layout: gl.constexpr):  # fmt: skip
+    """Scores that the caller's mask leaves; `queries` and `keys` are how many there are from the tile's corner on."""
+    i = gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
+    j = gl.arange(0, KEYS, gl.SliceLayout(0, s_layout))
+    if MASK == "keys":
+        keep = gl.load(mask_ptr + j * mask_n, mask=j < keys, other=0)[None, :]
+    else:
+        inside = (i < queries)[:, None] & (j < keys)[None, :]
+        keep = gl.load(mask_ptr + i[:, None] * mask_m + j[None, :] * mask_n, mask=inside, other=0)
+    return gl.where(keep != 0, s, float("-inf"))
 
 
 @jit
@@ -140,16 +180,21 @@ def _softmax(s, m_i, l_i, qk_scale, IS_MASKED: gl.constexpr):
 
 @jit
 def _step(acc, p, m_i, l_i, step, start_n, q, pq, q_full, q_phase, k_smem, v_smem, pk_smem, k_full, v_full, empty,
-          is_edge, start_m, seqlen_k, shift, left, right, qk_scale, HAS_LEFT: gl.constexpr,
-          HAS_RIGHT: gl.constexpr, HAS_PHI: gl.constexpr, STAGES: gl.constexpr, BEFORE: gl.constexpr,
+          table_ptr, q_code, code_k_ptr, half, mask_ptr, mask_m, mask_n,
+          is_edge, start_m, seqlen_q, seqlen_k, shift, left, right, qk_scale, HAS_LEFT: gl.constexpr,
+          HAS_RIGHT: gl.constexpr, HAS_PHI: gl.constexpr, HAS_TABLE: gl.constexpr, HAS_CODES: gl.constexpr,
+          MASK: gl.constexpr, STAGES: gl.constexpr, BEFORE: gl.constexpr,
           BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr,
           k_layout: gl.constexpr, v_layout: gl.constexpr, pk_layout: gl.constexpr, s_layout: gl.constexpr,
           o_layout: gl.constexpr):  # fmt: skip
     """One tile of keys; P V of the tile before, of BEFORE keys, is in flight beside its scores."""
     stage = step % STAGES
+    # Keys past the end are in the tile that comes first, before this loop, or hidden by the band.
+    s = _first_terms(table_ptr, q_code, code_k_ptr, start_m, start_n, seqlen_k, half, HAS_TABLE, HAS_CODES,
+                     HAS_LEFT or HAS_RIGHT, BLOCK_N, s_layout)  # fmt: skip
     mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
-    s = _issue_scores(q, k_smem, pq, pk_smem, stage, HAS_PHI, BLOCK_N, BLOCK_N, BLOCK_D, BLOCK_R, k_layout, pk_layout,
-                      s_layout)  # fmt: skip
+    s = _issue_scores(s, q, k_smem, pq, pk_smem, stage, HAS_TABLE, HAS_PHI, BLOCK_N, BLOCK_N, BLOCK_D, BLOCK_R,
+                      k_layout, pk_layout)  # fmt: skip
     before = (step - 1) % STAGES
     mbarrier.wait(v_full.index(before), ((step - 1) // STAGES) & 1)
     v = v_smem.index(before)._reinterpret(v_smem.dtype, [BLOCK_N, BLOCK_DV], v_layout)
@@ -161,7 +206,10 @@ def _step(acc, p, m_i, l_i, step, start_n, q, pq, q_full, q_phase, k_smem, v_sme
     if HAS_LEFT or HAS_RIGHT:  # noqa: SIM102
         if is_edge:
             s = _masked(s, start_m, start_n, seqlen_k, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N, s_layout)
-    weights, alpha, m_i, l_i = _softmax(s, m_i, l_i, qk_scale, HAS_LEFT or HAS_RIGHT)
+    if MASK != "none":
+        s = _unhidden(s, mask_ptr + start_n.to(gl.int64) * mask_n, mask_m, mask_n, seqlen_q - start_m,
+                      seqlen_k - start_n, MASK, BLOCK_N, s_layout)  # fmt: skip
+    weights, alpha, m_i, l_i = _softmax(s, m_i, l_i, qk_scale, HAS_LEFT or HAS_RIGHT or MASK != "none")
     # Without a barrier here, passed long ago, the assembler moves the wait below above the softmax, and nothing
     # overlaps. Of one that this step waited on before, Triton would synchronise the warps once more.
     mbarrier.wait(q_full, q_phase)
@@ -187,11 +235,13 @@ def _store_rows(acc, lse, o_desc, o_smem, lse_ptr, b, h, bh, start_m, seqlen_q, 
 
 @jit
 def _consume(
-    w: gl.constexpr, o_desc, lse_ptr, part_ptr, part_lse_ptr, q_smem, k_smem, v_smem, pq_smem, pk_smem, o_smem,
+    w: gl.constexpr, o_desc, lse_ptr, part_ptr, part_lse_ptr, table_ptr, code_q_ptr, code_k_ptr, mask_ptr,
+    q_smem, k_smem, v_smem, pq_smem, pk_smem, o_smem,
     q_full, q_empty, k_full, v_full, empty,
     units, whole, parts, part_tiles, heads, pairs, num_blocks, num_heads, seqlen_q, seqlen_k, shift, left, right,
-    qk_scale, IS_SPLIT: gl.constexpr, ALTERNATES: gl.constexpr,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_EDGE: gl.constexpr, HAS_PHI: gl.constexpr,
+    qk_scale, stride_table, half, mask_f, mask_m, mask_n, mask_s1, mask_v2, mask_s2, IS_SPLIT: gl.constexpr,
+    ALTERNATES: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_EDGE: gl.constexpr,
+    HAS_PHI: gl.constexpr, HAS_TABLE: gl.constexpr, HAS_CODES: gl.constexpr, MASK: gl.constexpr,
     CONSUMERS: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr, O_IN_Q: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
     BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr,
@@ -226,20 +276,38 @@ def _consume(
         pq = q
         if HAS_PHI:
             pq = pq_smem.index(place)._reinterpret(pq_smem.dtype, [ROWS, BLOCK_R], pq_layout)
+        first = (hi - 1) * BLOCK_N
+        own_table = table_ptr
+        q_code = gl.full([ROWS], 0, gl.int32, gl.SliceLayout(1, first_layout))
+        if HAS_TABLE:
+            own_table = table_ptr + h * stride_table + half
+            q_code = start_m + gl.arange(0, ROWS, gl.SliceLayout(1, first_layout))
+            if HAS_CODES:
+                q_code = gl.load(code_q_ptr + q_code, mask=q_code < seqlen_q, other=0)
+        own_mask = mask_ptr
+        if MASK != "none":
+            own_mask = mask_ptr + own_index(bh, mask_s1, mask_v2, mask_s2).to(gl.int64) * mask_f
+            own_mask += start_m.to(gl.int64) * mask_m
+        s = _first_terms(own_table, q_code, code_k_ptr, start_m, first, seqlen_k, half, HAS_TABLE, HAS_CODES, HAS_EDGE,
+                         first_keys, first_layout)  # fmt: skip
         mbarrier.wait(q_full.index(place), (turn // Q_STAGES) & 1)
         stage = step % STAGES
         mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
-        s = _issue_scores(q, k_smem, pq, pk_smem, stage, HAS_PHI, first_keys, BLOCK_N, BLOCK_D, BLOCK_R, k_layout,
-                          pk_layout, first_layout)  # fmt: skip
+        s = _issue_scores(s, q, k_smem, pq, pk_smem, stage, HAS_TABLE, HAS_PHI, first_keys, BLOCK_N, BLOCK_D, BLOCK_R,
+                          k_layout, pk_layout)  # fmt: skip
         s = warpgroup_mma_wait(0, deps=[s])
         mbarrier.arrive(empty.index(stage))
         if HAS_EDGE:
-            s = _masked(s, start_m, (hi - 1) * BLOCK_N, seqlen_k, shift, left, right, HAS_LEFT, HAS_RIGHT, first_keys,
+            s = _masked(s, start_m, first, seqlen_k, shift, left, right, HAS_LEFT, HAS_RIGHT, first_keys,
                         first_layout)  # fmt: skip
+        if MASK != "none":
+            s = _unhidden(s, own_mask + first.to(gl.int64) * mask_n, mask_m, mask_n, seqlen_q - start_m,
+                          seqlen_k - first, MASK, first_keys, first_layout)  # fmt: skip
         weights, _, m_i, l_i = _softmax(s, m_i, l_i, qk_scale, HAS_EDGE)
         p = gl.convert_layout(weights.to(v_smem.dtype), gl.DotOperandLayout(0, o_layout, 2))
         m_i = gl.convert_layout(m_i, rows)
         l_i = gl.convert_layout(l_i, rows)
+        q_code = gl.convert_layout(q_code, rows)
         step += 1
         if O_IN_Q:
             # The output of the last turn has left the other buffer, which is free for the queries of the next.
@@ -249,8 +317,9 @@ def _consume(
         if TAIL > 0:
             acc, p, m_i, l_i, step = _step(
                 acc, p, m_i, l_i, step, last * BLOCK_N, q, pq, q_full.index(place), (turn // Q_STAGES) & 1, k_smem,
-                v_smem, pk_smem, k_full, v_full, empty, False, start_m, seqlen_k, shift, left, right, qk_scale,
-                HAS_LEFT, HAS_RIGHT, HAS_PHI, STAGES, TAIL, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, k_layout, v_layout,
+                v_smem, pk_smem, k_full, v_full, empty, own_table, q_code, code_k_ptr, half, own_mask, mask_m, mask_n,
+                False, start_m, seqlen_q, seqlen_k, shift, left, right, qk_scale, HAS_LEFT, HAS_RIGHT, HAS_PHI,
+                HAS_TABLE, HAS_CODES, MASK, STAGES, TAIL, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, k_layout, v_layout,
                 pk_layout, s_layout, o_layout,
             )  # fmt: skip
             last -= 1
@@ -258,8 +327,9 @@ def _consume(
             tile = last - n
             acc, p, m_i, l_i, step = _step(
                 acc, p, m_i, l_i, step, tile * BLOCK_N, q, pq, q_full.index(place), (turn // Q_STAGES) & 1, k_smem,
-                v_smem, pk_smem, k_full, v_full, empty, (tile >= full_hi) | (tile < full_lo), start_m, seqlen_k, shift,
-                left, right, qk_scale, HAS_LEFT, HAS_RIGHT, HAS_PHI, STAGES, BLOCK_N, BLOCK_N, BLOCK_D, BLOCK_DV,
+                v_smem, pk_smem, k_full, v_full, empty, own_table, q_code, code_k_ptr, half, own_mask, mask_m, mask_n,
+                (tile >= full_hi) | (tile < full_lo), start_m, seqlen_q, seqlen_k, shift, left, right, qk_scale,
+                HAS_LEFT, HAS_RIGHT, HAS_PHI, HAS_TABLE, HAS_CODES, MASK, STAGES, BLOCK_N, BLOCK_N, BLOCK_D, BLOCK_DV,
                 BLOCK_R, k_layout, v_layout, pk_layout, s_layout, o_layout,
             )  # fmt: skip
         if not O_IN_Q:
@@ -301,14 +371,18 @@ def _consume(
     do_not_specialize=[
         "units", "whole", "parts", "part_tiles", "heads", "pairs", "num_blocks", "num_heads", "group", "seqlen_q",
         "seqlen_k", "shift", "left", "right",
-        "pq_s1", "pq_v2", "pq_s2", "pk_s1", "pk_v2", "pk_s2",
+        "pq_s1", "pq_v2", "pq_s2", "pk_s1", "pk_v2", "pk_s2", "stride_table", "half", "mask_f", "mask_s1", "mask_v2",
+        "mask_s2",
     ]
 )  # fmt: skip
 def _fwd_kernel(
-    q_desc, k_desc, v_desc, o_desc, pq_desc, pk_desc, lse_ptr, part_ptr, part_lse_ptr,
+    q_desc, k_desc, v_desc, o_desc, pq_desc, pk_desc, lse_ptr, part_ptr, part_lse_ptr, table_ptr, code_q_ptr,
+    code_k_ptr, mask_ptr,
     units, whole, parts, part_tiles, heads, pairs, num_blocks, num_heads, group, seqlen_q, seqlen_k, shift, left, right,
-    scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, IS_SPLIT: gl.constexpr, ALTERNATES: gl.constexpr,
+    scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, stride_table, half, mask_f, mask_m, mask_n, mask_s1, mask_v2,
+    mask_s2, IS_SPLIT: gl.constexpr, ALTERNATES: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_EDGE: gl.constexpr, HAS_PHI: gl.constexpr,
+    HAS_TABLE: gl.constexpr, HAS_CODES: gl.constexpr, MASK: gl.constexpr,
     CONSUMERS: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr, O_IN_Q: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
     BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, REGISTERS: gl.constexpr,
@@ -344,16 +418,20 @@ def _fwd_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume, (0, o_desc, lse_ptr, part_ptr, part_lse_ptr, q_smem, k_smem, v_smem, pq_smem, pk_smem,
-                            o_smem, q_full, q_empty, k_full, v_full, empty, units, whole, parts, part_tiles, heads,
-                            pairs, num_blocks, num_heads, seqlen_q, seqlen_k, shift, left, right, qk_scale, IS_SPLIT,
-                            ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, CONSUMERS, Q_STAGES, STAGES, TAIL,
+                (_consume, (0, o_desc, lse_ptr, part_ptr, part_lse_ptr, table_ptr, code_q_ptr, code_k_ptr, mask_ptr,
+                            q_smem, k_smem, v_smem, pq_smem, pk_smem, o_smem, q_full, q_empty, k_full, v_full, empty,
+                            units, whole, parts, part_tiles, heads, pairs, num_blocks, num_heads, seqlen_q, seqlen_k,
+                            shift, left, right, qk_scale, stride_table, half, mask_f, mask_m, mask_n, mask_s1, mask_v2,
+                            mask_s2, IS_SPLIT, ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, HAS_TABLE,
+                            HAS_CODES, MASK, CONSUMERS, Q_STAGES, STAGES, TAIL,
                             O_IN_Q, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, q_layout, k_layout, v_layout, pq_layout,
                             pk_layout, o_layout)),
-                (_consume, (1, o_desc, lse_ptr, part_ptr, part_lse_ptr, q_smem, k_smem, v_smem, pq_smem, pk_smem,
-                            o_smem, q_full, q_empty, k_full, v_full, empty, units, whole, parts, part_tiles, heads,
-                            pairs, num_blocks, num_heads, seqlen_q, seqlen_k, shift, left, right, qk_scale, IS_SPLIT,
-                            ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, CONSUMERS, Q_STAGES, STAGES, TAIL,
+                (_consume, (1, o_desc, lse_ptr, part_ptr, part_lse_ptr, table_ptr, code_q_ptr, code_k_ptr, mask_ptr,
+                            q_smem, k_smem, v_smem, pq_smem, pk_smem, o_smem, q_full, q_empty, k_full, v_full, empty,
+                            units, whole, parts, part_tiles, heads, pairs, num_blocks, num_heads, seqlen_q, seqlen_k,
+                            shift, left, right, qk_scale, stride_table, half, mask_f, mask_m, mask_n, mask_s1, mask_v2,
+                            mask_s2, IS_SPLIT, ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, HAS_TABLE,
+                            HAS_CODES, MASK, CONSUMERS, Q_STAGES, STAGES, TAIL,
                             O_IN_Q, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, q_layout, k_layout, v_layout, pq_layout,
                             pk_layout, o_layout)),
                 (_produce, (q_desc, k_desc, v_desc, pq_desc, pk_desc, q_smem, k_smem, v_smem, pq_smem, pk_smem,
@@ -368,22 +446,28 @@ def _fwd_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume, (0, o_desc, lse_ptr, part_ptr, part_lse_ptr, q_smem, k_smem, v_smem, pq_smem, pk_smem,
-                            o_smem, q_full, q_empty, k_full, v_full, empty, units, whole, parts, part_tiles, heads,
-                            pairs, num_blocks, num_heads, seqlen_q, seqlen_k, shift, left, right, qk_scale, IS_SPLIT,
-                            ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, CONSUMERS, Q_STAGES, STAGES, TAIL,
+                (_consume, (0, o_desc, lse_ptr, part_ptr, part_lse_ptr, table_ptr, code_q_ptr, code_k_ptr, mask_ptr,
+                            q_smem, k_smem, v_smem, pq_smem, pk_smem, o_smem, q_full, q_empty, k_full, v_full, empty,
+                            units, whole, parts, part_tiles, heads, pairs, num_blocks, num_heads, seqlen_q, seqlen_k,
+                            shift, left, right, qk_scale, stride_table, half, mask_f, mask_m, mask_n, mask_s1, mask_v2,
+                            mask_s2, IS_SPLIT, ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, HAS_TABLE,
+                            HAS_CODES, MASK, CONSUMERS, Q_STAGES, STAGES, TAIL,
                             O_IN_Q, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, q_layout, k_layout, v_layout, pq_layout,
                             pk_layout, o_layout)),
-                (_consume, (1, o_desc, lse_ptr, part_ptr, part_lse_ptr, q_smem, k_smem, v_smem, pq_smem, pk_smem,
-                            o_smem, q_full, q_empty, k_full, v_full, empty, units, whole, parts, part_tiles, heads,
-                            pairs, num_blocks, num_heads, seqlen_q, seqlen_k, shift, left, right, qk_scale, IS_SPLIT,
-                            ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, CONSUMERS, Q_STAGES, STAGES, TAIL,
+                (_consume, (1, o_desc, lse_ptr, part_ptr, part_lse_ptr, table_ptr, code_q_ptr, code_k_ptr, mask_ptr,
+                            q_smem, k_smem, v_smem, pq_smem, pk_smem, o_smem, q_full, q_empty, k_full, v_full, empty,
+                            units, whole, parts, part_tiles, heads, pairs, num_blocks, num_heads, seqlen_q, seqlen_k,
+                            shift, left, right, qk_scale, stride_table, half, mask_f, mask_m, mask_n, mask_s1, mask_v2,
+                            mask_s2, IS_SPLIT, ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, HAS_TABLE,
+                            HAS_CODES, MASK, CONSUMERS, Q_STAGES, STAGES, TAIL,
                             O_IN_Q, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, q_layout, k_layout, v_layout, pq_layout,
                             pk_layout, o_layout)),
-                (_consume, (2, o_desc, lse_ptr, part_ptr, part_lse_ptr, q_smem, k_smem, v_smem, pq_smem, pk_smem,
-                            o_smem, q_full, q_empty, k_full, v_full, empty, units, whole, parts, part_tiles, heads,
-                            pairs, num_blocks, num_heads, seqlen_q, seqlen_k, shift, left, right, qk_scale, IS_SPLIT,
-                            ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, CONSUMERS, Q_STAGES, STAGES, TAIL,
+                (_consume, (2, o_desc, lse_ptr, part_ptr, part_lse_ptr, table_ptr, code_q_ptr, code_k_ptr, mask_ptr,
+                            q_smem, k_smem, v_smem, pq_smem, pk_smem, o_smem, q_full, q_empty, k_full, v_full, empty,
+                            units, whole, parts, part_tiles, heads, pairs, num_blocks, num_heads, seqlen_q, seqlen_k,
+                            shift, left, right, qk_scale, stride_table, half, mask_f, mask_m, mask_n, mask_s1, mask_v2,
+                            mask_s2, IS_SPLIT, ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, HAS_TABLE,
+                            HAS_CODES, MASK, CONSUMERS, Q_STAGES, STAGES, TAIL,
                             O_IN_Q, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, q_layout, k_layout, v_layout, pq_layout,
                             pk_layout, o_layout)),
                 (_produce, (q_desc, k_desc, v_desc, pq_desc, pk_desc, q_smem, k_smem, v_smem, pq_smem, pk_smem,
@@ -423,13 +507,20 @@ def launch_as(config: Config, ops: HopperOperands, out: torch.Tensor, lse: torch
         parts = lse.new_empty((schedule.units - schedule.whole, config.block_m, ops.block_dv))
         parts_lse = lse.new_empty(parts.shape[:2])
     _fwd_kernel[(schedule.programs,)](
-        q, k, v, o, pq, pk, lse, parts, parts_lse, *numbers, ops.scale, *ops.sharing_q.sizes, *ops.sharing_k.sizes,
+        q, k, v, o, pq, pk, lse, parts, parts_lse, *_or(lse, ops.table_over_scale, ops.code_q, ops.code_k, ops.mask),
+        *numbers, ops.scale, *ops.sharing_q.sizes, *ops.sharing_k.sizes, *ops.table_sizes, *ops.mask_strides,
+        *ops.sharing_mask.sizes,
         q_layout=matrix(q), k_layout=matrix(k), v_layout=matrix(v), pq_layout=matrix(pq), pk_layout=matrix(pk),
         o_layout=matrix(o),
         **constants,
     )  # fmt: skip
     if schedule.is_split:
         join(schedule, parts, parts_lse, out_flat, lse, cdiv(ops.seqlen_q, config.block_m))
+
+
+def _or(nothing: torch.Tensor, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """The tensors, with one that is never read in place of those that are missing."""
+    return tuple(nothing if x is None else x for x in tensors)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -447,8 +538,11 @@ def _plan(config: Config, shape: Shape, processors: int) -> tuple[Schedule, tupl
         "ALTERNATES": schedule.alternates,
         "HAS_LEFT": shape.window_left >= 0,
         "HAS_RIGHT": shape.window_right >= 0,
-        "HAS_EDGE": shape.is_banded or shape.seqlen_k % (tail or config.block_n) != 0,
+        "HAS_EDGE": shape.is_banded or shape.mask != "none" or shape.seqlen_k % (tail or config.block_n) != 0,
         "HAS_PHI": shape.columns > 0,
+        "HAS_TABLE": shape.has_table,
+        "HAS_CODES": shape.has_codes,
+        "MASK": shape.mask,
         "CONSUMERS": config.consumers,
         "Q_STAGES": config.q_stages,
         "STAGES": config.stages,

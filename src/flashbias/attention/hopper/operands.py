@@ -38,7 +38,11 @@ _ELEMENTS = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float
 
 
 class Shape(NamedTuple):
-    """Integers of a call: (batch, head) pairs, then as in `Operands`, packed columns of the factors, window, shift."""
+    """What a schedule and a kernel's constants depend on.
+
+    (batch, head) pairs, then sizes as in `Operands`, packed columns of the factors, window, shift; whether there is a
+    table, and codes for it; whether the caller's mask is for "pairs" of a query and a key, for "keys" alone, or "none".
+    """
 
     pairs: int
     num_heads: int
@@ -53,6 +57,9 @@ class Shape(NamedTuple):
     window_left: int
     window_right: int
     shift: int
+    has_table: bool = False
+    has_codes: bool = False
+    mask: str = "none"
 
     @property
     def is_banded(self) -> bool:
@@ -91,11 +98,29 @@ class HopperOperands(Operands):
 
     @functools.cached_property
     def shape(self) -> Shape:
-        """What a schedule depends on."""
+        """What a schedule and a kernel's constants depend on."""
         return Shape(
             self.num_programs, self.num_heads, self.group, self.seqlen_q, self.seqlen_k, self.head_dim,
             self.head_dim_v, self.block_d, self.block_dv, self.columns, self.window_left, self.window_right, self.shift,
+            self.table is not None, self.code_q is not None, self._mask_kind(),
         )  # fmt: skip
+
+    def _mask_kind(self) -> str:
+        if self.mask is None:
+            return "none"
+        return "keys" if self.mask_strides[1] == 0 else "pairs"
+
+    @property
+    def table_over_scale(self) -> Tensor | None:
+        """`[H or 1, T]`: scores are sums over scale, which start from it."""
+        return None if self.table is None else self.table / self.scale
+
+    @property
+    def table_sizes(self) -> tuple[int, int]:
+        """From one head's table to the next, and entries on each side of the middle one."""
+        if self.table is None:
+            return 0, 0
+        return self.table.stride(0) if self.table.shape[0] > 1 else 0, self.table.shape[1] // 2
 
     @functools.cached_property
     def columns(self) -> int:
