@@ -73,6 +73,7 @@ class TestUnsupported:
             ({"head_dim_v": 256}, "head_dim_v 256"),
             ({"head_dim_v": 12}, "head_dim_v 12"),
             ({"varlen": True}, "packed batches"),
+            ({"attn_mask": True}, "attn_mask that differs between queries"),
             ({"dropout_p": 0.25}, "dropout_p 0.25"),
             ({"n": 16}, "16 queries, fewer than 17"),
         ],
@@ -82,11 +83,13 @@ class TestUnsupported:
         if "varlen" in changes:
             cu = empty(3, dtype=torch.int32)
             changes = {"varlen": VarlenLayout(cu, cu, 40, 40)}
+        if "attn_mask" in changes:
+            changes = {"attn_mask": empty(64, 64, dtype=torch.bool)}
         assert message in str(hopper.unsupported(call(**changes)))
 
-    def test_tables_and_masks(self) -> None:
+    def test_tables_and_masks_of_keys(self) -> None:
         bias = fb.FactoredBias(empty(2, 64, 0), empty(2, 64, 0), empty(2, 9))
-        assert hopper.unsupported(call(bias=bias, attn_mask=empty(64, 64, dtype=torch.bool))) is None
+        assert hopper.unsupported(call(bias=bias, attn_mask=empty(1, 64, dtype=torch.bool))) is None
 
     def test_ranks_of_heads_that_share_a_factor(self) -> None:
         shared = fb.FactoredBias(empty(1, 64, 7), empty(2, 64, 7), ranks=[7, 2])

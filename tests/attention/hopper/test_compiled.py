@@ -104,7 +104,7 @@ FORWARD_ONLY = [
     Shape("64-table-causal", head_dim=64, rank=0, n=1024, table=257, window=(None, 0)),
     Shape("128-table-codes-factors", head_dim=128, rank=4, n=500, table=99, codes=True),
     Shape("64-mask-of-keys", head_dim=64, n=512, mask=(1, 1, 1, 512)),
-    Shape("32-mask-of-pairs-table", head_dim=32, rank=0, n=512, table=99, mask=(1, 1, 512, 512)),
+    Shape("32-mask-of-keys-table", head_dim=32, rank=0, n=512, table=99, mask=(1, 1, 1, 512)),
 ]
 """Calls whose gradients come from the portable kernels."""
 
@@ -267,7 +267,7 @@ def test_both_passes_compile(shape: Shape, compiler: Compiler) -> None:
     out, lse = registration.attention_forward(*arguments, "hopper")
 
     forward.launch(out, lse, *arguments)
-    config = forward_config(ops.block_d, ops.block_dv, ops.columns)
+    config = forward_config(ops.block_d, ops.block_dv, ops.columns, bool(shape.table))
     compiled = compiler.only()
     compiled.check(config.maxnreg, forward_bytes(config, ops.block_d, ops.block_dv, ops.columns), spills[0])
     assert compiled.products == forward_products(ops, config)

@@ -106,7 +106,7 @@ PLAIN = Case("plain", n=40, m=70, heads=2)
 
 
 class TestHopper(AttentionSuite):
-    """The kernels take half precision alone, without dropout and packed batches.
+    """The kernels take half precision alone, without dropout, packed batches and masks of pairs.
 
     What the suite asks for in float32 is asked for in bfloat16 here.
     """
@@ -226,6 +226,7 @@ class TestHopper(AttentionSuite):
             ({}, torch.float64, "float64"),
             ({"head_dim": 136}, torch.bfloat16, "head_dim 136"),
             ({"head_dim_v": 12}, torch.bfloat16, "head_dim_v 12"),
+            ({"mask": "matrix"}, torch.bfloat16, "attn_mask that differs"),
         ):
             problem = replace(PLAIN, **changes).build(dtype, self.device)
             with pytest.raises(NotImplementedError, match=rf"impl='hopper'.*{message}.*would take"):
@@ -338,16 +339,27 @@ class TestTablesAndMasks:
             case = Case("windows", batch=(5,), n=n, head_dim=head_dim, rank=rank, table=table, codes="window")
             check(case.build(torch.bfloat16, DEVICE))
 
-    @pytest.mark.parametrize("mask", ["padding", "matrix", "full", "dead rows"])
+    @pytest.mark.parametrize("options", [{}, CAUSAL], ids=["full", "causal"])
     @pytest.mark.parametrize(("n", "m"), [(128, 256), (300, 420), (193, 1500)])
     @pytest.mark.parametrize("head_dim", [16, 64, 128])
-    def test_masks(self, head_dim: int, n: int, m: int, mask: str) -> None:
-        check(Case("mask", n=n, m=m, head_dim=head_dim, rank=3, mask=mask).build(torch.bfloat16, DEVICE))
+    def test_hidden_keys(self, head_dim: int, n: int, m: int, options: dict[str, Any]) -> None:
+        options = options and options | {"causal_alignment": "bottom_right"}
+        case = Case("mask", batch=(3,), n=n, m=m, head_dim=head_dim, rank=3, mask="padding", options=options)
+        check(case.build(torch.bfloat16, DEVICE))
+
+    def test_no_key_is_left(self) -> None:
+        problem = Case("hidden", batch=(3,), n=140, m=290, mask="padding").build(torch.bfloat16, DEVICE)
+        assert problem.attn_mask is not None
+        problem.attn_mask[1] = False
+        check(problem)
+        out, lse = problem.attend("hopper", problem.leaves(), return_lse=True)
+        assert (out[1] == 0).all()
+        assert (lse[1] == -torch.inf).all()
 
     @pytest.mark.parametrize("options", [{}, CAUSAL], ids=["full", "causal"])
     def test_all_at_once(self, options: dict[str, Any]) -> None:
         case = Case("all", batch=(3,), heads=4, kv_heads=2, n=330, head_dim=64, head_dim_v=32, rank=5, table=65,
-                    mask="full", options=options)  # fmt: skip
+                    mask="padding", options=options)  # fmt: skip
         for dtype in HALVES.values():
             check(case.build(dtype, DEVICE))
 

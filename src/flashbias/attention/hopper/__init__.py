@@ -75,6 +75,8 @@ def unsupported(call: Call) -> str | None:
             return f"{name} {size} is no multiple of {NARROWEST_STEP} up to {WIDEST_HEAD}"
     if call.varlen is not None:
         return "packed batches (cu_seqlens)"
+    if call.attn_mask is not None and call.attn_mask.shape[-2] > 1:
+        return "an attn_mask that differs between queries"
     if call.dropout_p > 0:
         return f"dropout_p {call.dropout_p}"
     if call.seqlen_q < FEWEST_QUERIES:

@@ -63,13 +63,17 @@ class Warpgroups:
 
 @dataclass(frozen=True)
 class Config(Warpgroups):
-    """Warpgroups that compute, keys of a tile, tiles of keys and of queries in flight, programs on a multiprocessor."""
+    """Warpgroups that compute, keys of a tile, tiles of keys and of queries in flight, programs on a multiprocessor.
+
+    Ordered warpgroups issue their products one after the other, so that while one multiplies the others do not.
+    """
 
     consumers: int
     block_n: int
     stages: int
     q_stages: int = 2
     programs: int = 1
+    is_ordered: bool = False
 
     @property
     def block_m(self) -> int:
@@ -77,13 +81,14 @@ class Config(Warpgroups):
         return ROWS * self.consumers
 
 
-def forward_config(block_d: int, block_dv: int, block_r: int) -> Config:
+def forward_config(block_d: int, block_dv: int, block_r: int, has_table: bool = False) -> Config:
     """Pick the tile shape of the forward pass.
 
     Args:
         block_d: width of queries and keys as held.
         block_dv: width of values as held.
         block_r: packed columns of the factors, 0 without.
+        has_table: whether scores start from entries of a table, whose addresses take registers too.
 
     Returns:
         The configuration.
@@ -94,12 +99,14 @@ def forward_config(block_d: int, block_dv: int, block_r: int) -> Config:
     width = max(block_d, block_dv)
     if width > 64:
         config = Config(2, 128, 2)
+    elif has_table:
+        config = Config(3, 64, 3)
     elif width > 32:
         config = Config(3, 128, 2)
     elif block_r != CROWDED:
-        config = Config(3, 128, 3)
+        config = Config(3, 128, 3, is_ordered=True)
     else:
-        config = Config(2, 64, 3, programs=2)
+        config = Config(2, 64, 3, programs=2, is_ordered=True)
     while config.programs * forward_bytes(config, block_d, block_dv, block_r) > SHARED_MEMORY:
         if config.q_stages > 1:
             config = replace(config, q_stages=1)

@@ -109,6 +109,13 @@ def _issue_scores(s, q, k_smem, pq, pk_smem, stage, HAS_TABLE: gl.constexpr, HAS
 
 
 @jit
+def _await_turn(order, w: gl.constexpr, step):
+    """Wait until the warpgroup before has issued its products of this step; the first one has the first turn."""
+    first: gl.constexpr = 1 if w == 0 else 0
+    mbarrier.wait(order.index(w), (step & 1) ^ first)
+
+
+@jit
 def _first_terms(table_ptr, q_code, code_k_ptr, start_m, start_n, seqlen_k, half, HAS_TABLE: gl.constexpr,
                  HAS_CODES: gl.constexpr, HAS_EDGE: gl.constexpr, KEYS: gl.constexpr,
                  s_layout: gl.constexpr):  # fmt: skip
@@ -132,20 +139,6 @@ def _first_terms(table_ptr, q_code, code_k_ptr, start_m, start_n, seqlen_k, half
 def _entries(table_ptr, q_code, k_code, half):
     """Entries for each pair of codes; the table's first and last one hold for all beyond them."""
     return gl.load(table_ptr + gl.minimum(gl.maximum(k_code[None, :] - q_code[:, None], -half), half))
-
-
-@jit
-def _unhidden(s, mask_ptr, mask_m, mask_n, queries, keys, MASK: gl.constexpr, KEYS: gl.constexpr,
-              s_layout: gl.constexpr):  # fmt: skip
-    """Scores that the caller's mask leaves; `queries` and `keys` are how many there are from the tile's corner on."""
-    i = gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
-    j = gl.arange(0, KEYS, gl.SliceLayout(0, s_layout))
-    if MASK == "keys":
-        keep = gl.load(mask_ptr + j * mask_n, mask=j < keys, other=0)[None, :]
-    else:
-        inside = (i < queries)[:, None] & (j < keys)[None, :]
-        keep = gl.load(mask_ptr + i[:, None] * mask_m + j[None, :] * mask_n, mask=inside, other=0)
-    return gl.where(keep != 0, s, float("-inf"))
 
 
 @jit
@@ -180,10 +173,10 @@ def _softmax(s, m_i, l_i, qk_scale, IS_MASKED: gl.constexpr):
 
 @jit
 def _step(acc, p, m_i, l_i, step, start_n, q, pq, q_full, q_phase, k_smem, v_smem, pk_smem, k_full, v_full, empty,
-          table_ptr, q_code, code_k_ptr, half, mask_ptr, mask_m, mask_n,
-          is_edge, start_m, seqlen_q, seqlen_k, shift, left, right, qk_scale, HAS_LEFT: gl.constexpr,
+          order, w: gl.constexpr, table_ptr, q_code, code_k_ptr, half, terms_ptr,
+          is_edge, start_m, seqlen_k, shift, left, right, qk_scale, HAS_LEFT: gl.constexpr,
           HAS_RIGHT: gl.constexpr, HAS_PHI: gl.constexpr, HAS_TABLE: gl.constexpr, HAS_CODES: gl.constexpr,
-          MASK: gl.constexpr, STAGES: gl.constexpr, BEFORE: gl.constexpr,
+          HAS_TERMS: gl.constexpr, ORDERED: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, BEFORE: gl.constexpr,
           BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr,
           k_layout: gl.constexpr, v_layout: gl.constexpr, pk_layout: gl.constexpr, s_layout: gl.constexpr,
           o_layout: gl.constexpr):  # fmt: skip
@@ -193,6 +186,8 @@ def _step(acc, p, m_i, l_i, step, start_n, q, pq, q_full, q_phase, k_smem, v_sme
     s = _first_terms(table_ptr, q_code, code_k_ptr, start_m, start_n, seqlen_k, half, HAS_TABLE, HAS_CODES,
                      HAS_LEFT or HAS_RIGHT, BLOCK_N, s_layout)  # fmt: skip
     mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
+    if ORDERED:
+        _await_turn(order, w, step)
     s = _issue_scores(s, q, k_smem, pq, pk_smem, stage, HAS_TABLE, HAS_PHI, BLOCK_N, BLOCK_N, BLOCK_D, BLOCK_R,
                       k_layout, pk_layout)  # fmt: skip
     before = (step - 1) % STAGES
@@ -201,15 +196,16 @@ def _step(acc, p, m_i, l_i, step, start_n, q, pq, q_full, q_phase, k_smem, v_sme
     if BEFORE < BLOCK_N:
         v = v.slice(0, BEFORE, 0)
     acc = warpgroup_mma(p, v, acc, is_async=True)
+    if ORDERED:
+        mbarrier.arrive(order.index((w + 1) % CONSUMERS))
     s = warpgroup_mma_wait(1, deps=[s])
     # One loop for tiles with masks and without: two of them would unpack and pack P where they meet.
     if HAS_LEFT or HAS_RIGHT:  # noqa: SIM102
         if is_edge:
             s = _masked(s, start_m, start_n, seqlen_k, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N, s_layout)
-    if MASK != "none":
-        s = _unhidden(s, mask_ptr + start_n.to(gl.int64) * mask_n, mask_m, mask_n, seqlen_q - start_m,
-                      seqlen_k - start_n, MASK, BLOCK_N, s_layout)  # fmt: skip
-    weights, alpha, m_i, l_i = _softmax(s, m_i, l_i, qk_scale, HAS_LEFT or HAS_RIGHT or MASK != "none")
+    if HAS_TERMS:
+        s += gl.load(terms_ptr + start_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout)))[None, :]
+    weights, alpha, m_i, l_i = _softmax(s, m_i, l_i, qk_scale, HAS_LEFT or HAS_RIGHT or HAS_TERMS)
     # Without a barrier here, passed long ago, the assembler moves the wait below above the softmax, and nothing
     # overlaps. Of one that this step waited on before, Triton would synchronise the warps once more.
     mbarrier.wait(q_full, q_phase)
@@ -235,13 +231,14 @@ def _store_rows(acc, lse, o_desc, o_smem, lse_ptr, b, h, bh, start_m, seqlen_q, 
 
 @jit
 def _consume(
-    w: gl.constexpr, o_desc, lse_ptr, part_ptr, part_lse_ptr, table_ptr, code_q_ptr, code_k_ptr, mask_ptr,
+    w: gl.constexpr, o_desc, lse_ptr, part_ptr, part_lse_ptr, table_ptr, code_q_ptr, code_k_ptr, terms_ptr,
     q_smem, k_smem, v_smem, pq_smem, pk_smem, o_smem,
-    q_full, q_empty, k_full, v_full, empty,
+    q_full, q_empty, k_full, v_full, empty, order,
     units, whole, parts, part_tiles, heads, pairs, num_blocks, num_heads, seqlen_q, seqlen_k, shift, left, right,
-    qk_scale, stride_table, half, mask_f, mask_m, mask_n, mask_s1, mask_v2, mask_s2, IS_SPLIT: gl.constexpr,
+    qk_scale, stride_table, half, stride_terms, mask_s1, mask_v2, mask_s2, IS_SPLIT: gl.constexpr,
     ALTERNATES: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_EDGE: gl.constexpr,
-    HAS_PHI: gl.constexpr, HAS_TABLE: gl.constexpr, HAS_CODES: gl.constexpr, MASK: gl.constexpr,
+    HAS_PHI: gl.constexpr, HAS_TABLE: gl.constexpr, HAS_CODES: gl.constexpr, HAS_TERMS: gl.constexpr,
+    ORDERED: gl.constexpr,
     CONSUMERS: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr, O_IN_Q: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
     BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr,
@@ -284,15 +281,17 @@ def _consume(
             q_code = start_m + gl.arange(0, ROWS, gl.SliceLayout(1, first_layout))
             if HAS_CODES:
                 q_code = gl.load(code_q_ptr + q_code, mask=q_code < seqlen_q, other=0)
-        own_mask = mask_ptr
-        if MASK != "none":
-            own_mask = mask_ptr + own_index(bh, mask_s1, mask_v2, mask_s2).to(gl.int64) * mask_f
-            own_mask += start_m.to(gl.int64) * mask_m
+        own_terms = terms_ptr
+        if HAS_TERMS:
+            own_terms = terms_ptr + own_index(bh, mask_s1, mask_v2, mask_s2) * stride_terms
         s = _first_terms(own_table, q_code, code_k_ptr, start_m, first, seqlen_k, half, HAS_TABLE, HAS_CODES, HAS_EDGE,
                          first_keys, first_layout)  # fmt: skip
         mbarrier.wait(q_full.index(place), (turn // Q_STAGES) & 1)
         stage = step % STAGES
         mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
+        if ORDERED:
+            _await_turn(order, w, step)
+            mbarrier.arrive(order.index((w + 1) % CONSUMERS))
         s = _issue_scores(s, q, k_smem, pq, pk_smem, stage, HAS_TABLE, HAS_PHI, first_keys, BLOCK_N, BLOCK_D, BLOCK_R,
                           k_layout, pk_layout)  # fmt: skip
         s = warpgroup_mma_wait(0, deps=[s])
@@ -300,9 +299,8 @@ def _consume(
         if HAS_EDGE:
             s = _masked(s, start_m, first, seqlen_k, shift, left, right, HAS_LEFT, HAS_RIGHT, first_keys,
                         first_layout)  # fmt: skip
-        if MASK != "none":
-            s = _unhidden(s, own_mask + first.to(gl.int64) * mask_n, mask_m, mask_n, seqlen_q - start_m,
-                          seqlen_k - first, MASK, first_keys, first_layout)  # fmt: skip
+        if HAS_TERMS:
+            s += gl.load(own_terms + first + gl.arange(0, first_keys, gl.SliceLayout(0, first_layout)))[None, :]
         weights, _, m_i, l_i = _softmax(s, m_i, l_i, qk_scale, HAS_EDGE)
         p = gl.convert_layout(weights.to(v_smem.dtype), gl.DotOperandLayout(0, o_layout, 2))
         m_i = gl.convert_layout(m_i, rows)
@@ -317,9 +315,9 @@ def _consume(
         if TAIL > 0:
             acc, p, m_i, l_i, step = _step(
                 acc, p, m_i, l_i, step, last * BLOCK_N, q, pq, q_full.index(place), (turn // Q_STAGES) & 1, k_smem,
-                v_smem, pk_smem, k_full, v_full, empty, own_table, q_code, code_k_ptr, half, own_mask, mask_m, mask_n,
-                False, start_m, seqlen_q, seqlen_k, shift, left, right, qk_scale, HAS_LEFT, HAS_RIGHT, HAS_PHI,
-                HAS_TABLE, HAS_CODES, MASK, STAGES, TAIL, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, k_layout, v_layout,
+                v_smem, pk_smem, k_full, v_full, empty, order, w, own_table, q_code, code_k_ptr, half, own_terms,
+                False, start_m, seqlen_k, shift, left, right, qk_scale, HAS_LEFT, HAS_RIGHT, HAS_PHI,
+                HAS_TABLE, HAS_CODES, HAS_TERMS, ORDERED, CONSUMERS, STAGES, TAIL, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, k_layout, v_layout,
                 pk_layout, s_layout, o_layout,
             )  # fmt: skip
             last -= 1
@@ -327,9 +325,9 @@ def _consume(
             tile = last - n
             acc, p, m_i, l_i, step = _step(
                 acc, p, m_i, l_i, step, tile * BLOCK_N, q, pq, q_full.index(place), (turn // Q_STAGES) & 1, k_smem,
-                v_smem, pk_smem, k_full, v_full, empty, own_table, q_code, code_k_ptr, half, own_mask, mask_m, mask_n,
-                (tile >= full_hi) | (tile < full_lo), start_m, seqlen_q, seqlen_k, shift, left, right, qk_scale,
-                HAS_LEFT, HAS_RIGHT, HAS_PHI, HAS_TABLE, HAS_CODES, MASK, STAGES, BLOCK_N, BLOCK_N, BLOCK_D, BLOCK_DV,
+                v_smem, pk_smem, k_full, v_full, empty, order, w, own_table, q_code, code_k_ptr, half, own_terms,
+                (tile >= full_hi) | (tile < full_lo), start_m, seqlen_k, shift, left, right, qk_scale,
+                HAS_LEFT, HAS_RIGHT, HAS_PHI, HAS_TABLE, HAS_CODES, HAS_TERMS, ORDERED, CONSUMERS, STAGES, BLOCK_N, BLOCK_N, BLOCK_D, BLOCK_DV,
                 BLOCK_R, k_layout, v_layout, pk_layout, s_layout, o_layout,
             )  # fmt: skip
         if not O_IN_Q:
@@ -371,18 +369,17 @@ def _consume(
     do_not_specialize=[
         "units", "whole", "parts", "part_tiles", "heads", "pairs", "num_blocks", "num_heads", "group", "seqlen_q",
         "seqlen_k", "shift", "left", "right",
-        "pq_s1", "pq_v2", "pq_s2", "pk_s1", "pk_v2", "pk_s2", "stride_table", "half", "mask_f", "mask_s1", "mask_v2",
-        "mask_s2",
+        "pq_s1", "pq_v2", "pq_s2", "pk_s1", "pk_v2", "pk_s2", "stride_table", "half", "mask_s1", "mask_v2", "mask_s2",
     ]
 )  # fmt: skip
 def _fwd_kernel(
     q_desc, k_desc, v_desc, o_desc, pq_desc, pk_desc, lse_ptr, part_ptr, part_lse_ptr, table_ptr, code_q_ptr,
-    code_k_ptr, mask_ptr,
+    code_k_ptr, terms_ptr,
     units, whole, parts, part_tiles, heads, pairs, num_blocks, num_heads, group, seqlen_q, seqlen_k, shift, left, right,
-    scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, stride_table, half, mask_f, mask_m, mask_n, mask_s1, mask_v2,
+    scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, stride_table, half, stride_terms, mask_s1, mask_v2,
     mask_s2, IS_SPLIT: gl.constexpr, ALTERNATES: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_EDGE: gl.constexpr, HAS_PHI: gl.constexpr,
-    HAS_TABLE: gl.constexpr, HAS_CODES: gl.constexpr, MASK: gl.constexpr,
+    HAS_TABLE: gl.constexpr, HAS_CODES: gl.constexpr, HAS_TERMS: gl.constexpr, ORDERED: gl.constexpr,
     CONSUMERS: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr, O_IN_Q: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
     BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, REGISTERS: gl.constexpr,
@@ -406,6 +403,9 @@ def _fwd_kernel(
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    order = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+    for w in gl.static_range(CONSUMERS):
+        mbarrier.init(order.index(w), count=1)
     for place in gl.static_range(CONSUMERS * Q_STAGES):
         mbarrier.init(q_full.index(place), count=1)
         mbarrier.init(q_empty.index(place), count=1)
@@ -418,20 +418,20 @@ def _fwd_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume, (0, o_desc, lse_ptr, part_ptr, part_lse_ptr, table_ptr, code_q_ptr, code_k_ptr, mask_ptr,
+                (_consume, (0, o_desc, lse_ptr, part_ptr, part_lse_ptr, table_ptr, code_q_ptr, code_k_ptr, terms_ptr,
                             q_smem, k_smem, v_smem, pq_smem, pk_smem, o_smem, q_full, q_empty, k_full, v_full, empty,
-                            units, whole, parts, part_tiles, heads, pairs, num_blocks, num_heads, seqlen_q, seqlen_k,
-                            shift, left, right, qk_scale, stride_table, half, mask_f, mask_m, mask_n, mask_s1, mask_v2,
-                            mask_s2, IS_SPLIT, ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, HAS_TABLE,
-                            HAS_CODES, MASK, CONSUMERS, Q_STAGES, STAGES, TAIL,
+                            order, units, whole, parts, part_tiles, heads, pairs, num_blocks, num_heads, seqlen_q,
+                            seqlen_k, shift, left, right, qk_scale, stride_table, half, stride_terms, mask_s1, mask_v2,
+                            mask_s2, IS_SPLIT, ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, HAS_TABLE, HAS_CODES,
+                            HAS_TERMS, ORDERED, CONSUMERS, Q_STAGES, STAGES, TAIL,
                             O_IN_Q, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, q_layout, k_layout, v_layout, pq_layout,
                             pk_layout, o_layout)),
-                (_consume, (1, o_desc, lse_ptr, part_ptr, part_lse_ptr, table_ptr, code_q_ptr, code_k_ptr, mask_ptr,
+                (_consume, (1, o_desc, lse_ptr, part_ptr, part_lse_ptr, table_ptr, code_q_ptr, code_k_ptr, terms_ptr,
                             q_smem, k_smem, v_smem, pq_smem, pk_smem, o_smem, q_full, q_empty, k_full, v_full, empty,
-                            units, whole, parts, part_tiles, heads, pairs, num_blocks, num_heads, seqlen_q, seqlen_k,
-                            shift, left, right, qk_scale, stride_table, half, mask_f, mask_m, mask_n, mask_s1, mask_v2,
-                            mask_s2, IS_SPLIT, ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, HAS_TABLE,
-                            HAS_CODES, MASK, CONSUMERS, Q_STAGES, STAGES, TAIL,
+                            order, units, whole, parts, part_tiles, heads, pairs, num_blocks, num_heads, seqlen_q,
+                            seqlen_k, shift, left, right, qk_scale, stride_table, half, stride_terms, mask_s1, mask_v2,
+                            mask_s2, IS_SPLIT, ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, HAS_TABLE, HAS_CODES,
+                            HAS_TERMS, ORDERED, CONSUMERS, Q_STAGES, STAGES, TAIL,
                             O_IN_Q, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, q_layout, k_layout, v_layout, pq_layout,
                             pk_layout, o_layout)),
                 (_produce, (q_desc, k_desc, v_desc, pq_desc, pk_desc, q_smem, k_smem, v_smem, pq_smem, pk_smem,
@@ -446,28 +446,28 @@ def _fwd_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume, (0, o_desc, lse_ptr, part_ptr, part_lse_ptr, table_ptr, code_q_ptr, code_k_ptr, mask_ptr,
+                (_consume, (0, o_desc, lse_ptr, part_ptr, part_lse_ptr, table_ptr, code_q_ptr, code_k_ptr, terms_ptr,
                             q_smem, k_smem, v_smem, pq_smem, pk_smem, o_smem, q_full, q_empty, k_full, v_full, empty,
-                            units, whole, parts, part_tiles, heads, pairs, num_blocks, num_heads, seqlen_q, seqlen_k,
-                            shift, left, right, qk_scale, stride_table, half, mask_f, mask_m, mask_n, mask_s1, mask_v2,
-                            mask_s2, IS_SPLIT, ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, HAS_TABLE,
-                            HAS_CODES, MASK, CONSUMERS, Q_STAGES, STAGES, TAIL,
+                            order, units, whole, parts, part_tiles, heads, pairs, num_blocks, num_heads, seqlen_q,
+                            seqlen_k, shift, left, right, qk_scale, stride_table, half, stride_terms, mask_s1, mask_v2,
+                            mask_s2, IS_SPLIT, ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, HAS_TABLE, HAS_CODES,
+                            HAS_TERMS, ORDERED, CONSUMERS, Q_STAGES, STAGES, TAIL,
                             O_IN_Q, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, q_layout, k_layout, v_layout, pq_layout,
                             pk_layout, o_layout)),
-                (_consume, (1, o_desc, lse_ptr, part_ptr, part_lse_ptr, table_ptr, code_q_ptr, code_k_ptr, mask_ptr,
+                (_consume, (1, o_desc, lse_ptr, part_ptr, part_lse_ptr, table_ptr, code_q_ptr, code_k_ptr, terms_ptr,
                             q_smem, k_smem, v_smem, pq_smem, pk_smem, o_smem, q_full, q_empty, k_full, v_full, empty,
-                            units, whole, parts, part_tiles, heads, pairs, num_blocks, num_heads, seqlen_q, seqlen_k,
-                            shift, left, right, qk_scale, stride_table, half, mask_f, mask_m, mask_n, mask_s1, mask_v2,
-                            mask_s2, IS_SPLIT, ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, HAS_TABLE,
-                            HAS_CODES, MASK, CONSUMERS, Q_STAGES, STAGES, TAIL,
+                            order, units, whole, parts, part_tiles, heads, pairs, num_blocks, num_heads, seqlen_q,
+                            seqlen_k, shift, left, right, qk_scale, stride_table, half, stride_terms, mask_s1, mask_v2,
+                            mask_s2, IS_SPLIT, ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, HAS_TABLE, HAS_CODES,
+                            HAS_TERMS, ORDERED, CONSUMERS, Q_STAGES, STAGES, TAIL,
                             O_IN_Q, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, q_layout, k_layout, v_layout, pq_layout,
                             pk_layout, o_layout)),
-                (_consume, (2, o_desc, lse_ptr, part_ptr, part_lse_ptr, table_ptr, code_q_ptr, code_k_ptr, mask_ptr,
+                (_consume, (2, o_desc, lse_ptr, part_ptr, part_lse_ptr, table_ptr, code_q_ptr, code_k_ptr, terms_ptr,
                             q_smem, k_smem, v_smem, pq_smem, pk_smem, o_smem, q_full, q_empty, k_full, v_full, empty,
-                            units, whole, parts, part_tiles, heads, pairs, num_blocks, num_heads, seqlen_q, seqlen_k,
-                            shift, left, right, qk_scale, stride_table, half, mask_f, mask_m, mask_n, mask_s1, mask_v2,
-                            mask_s2, IS_SPLIT, ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, HAS_TABLE,
-                            HAS_CODES, MASK, CONSUMERS, Q_STAGES, STAGES, TAIL,
+                            order, units, whole, parts, part_tiles, heads, pairs, num_blocks, num_heads, seqlen_q,
+                            seqlen_k, shift, left, right, qk_scale, stride_table, half, stride_terms, mask_s1, mask_v2,
+                            mask_s2, IS_SPLIT, ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, HAS_TABLE, HAS_CODES,
+                            HAS_TERMS, ORDERED, CONSUMERS, Q_STAGES, STAGES, TAIL,
                             O_IN_Q, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, q_layout, k_layout, v_layout, pq_layout,
                             pk_layout, o_layout)),
                 (_produce, (q_desc, k_desc, v_desc, pq_desc, pk_desc, q_smem, k_smem, v_smem, pq_smem, pk_smem,
@@ -485,7 +485,7 @@ def _fwd_kernel(
 def launch(out: torch.Tensor, lse: torch.Tensor, *arguments: Any) -> None:
     """Fill `out` and `lse`; the arguments are those that the operators share (`attention/registration.py`)."""
     ops = HopperOperands.of(*arguments)
-    launch_as(_config(ops.block_d, ops.block_dv, ops.columns), ops, out, lse)
+    launch_as(_config(ops.block_d, ops.block_dv, ops.columns, ops.table is not None), ops, out, lse)
 
 
 _config = functools.lru_cache(maxsize=256)(forward_config)
@@ -495,6 +495,7 @@ def launch_as(config: Config, ops: HopperOperands, out: torch.Tensor, lse: torch
     """Launch with a given tile shape."""
     rows, keys, factors = ROWS.value, config.block_n, ops.factors
     schedule, numbers, constants = _plan(config, ops.shape, multiprocessors(ops.q.device))
+    terms = ops.key_terms(keys)
     out_flat = ops.flat(out)
     q = descriptor(ops.q, rows, ops.block_d)
     k = descriptor(ops.k, keys, ops.block_d)
@@ -507,9 +508,9 @@ def launch_as(config: Config, ops: HopperOperands, out: torch.Tensor, lse: torch
         parts = lse.new_empty((schedule.units - schedule.whole, config.block_m, ops.block_dv))
         parts_lse = lse.new_empty(parts.shape[:2])
     _fwd_kernel[(schedule.programs,)](
-        q, k, v, o, pq, pk, lse, parts, parts_lse, *_or(lse, ops.table_over_scale, ops.code_q, ops.code_k, ops.mask),
-        *numbers, ops.scale, *ops.sharing_q.sizes, *ops.sharing_k.sizes, *ops.table_sizes, *ops.mask_strides,
-        *ops.sharing_mask.sizes,
+        q, k, v, o, pq, pk, lse, parts, parts_lse, *_or(lse, ops.table_over_scale, ops.code_q, ops.code_k, terms),
+        *numbers, ops.scale, *ops.sharing_q.sizes, *ops.sharing_k.sizes, *ops.table_sizes,
+        0 if terms is None else terms.stride(0), *ops.sharing_mask.sizes,
         q_layout=matrix(q), k_layout=matrix(k), v_layout=matrix(v), pq_layout=matrix(pq), pk_layout=matrix(pk),
         o_layout=matrix(o),
         **constants,
@@ -538,11 +539,12 @@ def _plan(config: Config, shape: Shape, processors: int) -> tuple[Schedule, tupl
         "ALTERNATES": schedule.alternates,
         "HAS_LEFT": shape.window_left >= 0,
         "HAS_RIGHT": shape.window_right >= 0,
-        "HAS_EDGE": shape.is_banded or shape.mask != "none" or shape.seqlen_k % (tail or config.block_n) != 0,
+        "HAS_EDGE": shape.is_banded or shape.hides_keys or shape.seqlen_k % (tail or config.block_n) != 0,
         "HAS_PHI": shape.columns > 0,
         "HAS_TABLE": shape.has_table,
         "HAS_CODES": shape.has_codes,
-        "MASK": shape.mask,
+        "HAS_TERMS": shape.hides_keys,
+        "ORDERED": config.is_ordered,
         "CONSUMERS": config.consumers,
         "Q_STAGES": config.q_stages,
         "STAGES": config.stages,

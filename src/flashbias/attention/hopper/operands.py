@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from flashbias.attention.hopper.configs import ready_columns
 from flashbias.attention.hopper.gluon import TensorDescriptor, gl
 from flashbias.attention.hopper.pack import ReadyFactors
+from flashbias.attention.layout import cdiv
 from flashbias.attention.triton.operands import Operands, flattened, ranks_on
 
 __all__ = [
@@ -41,7 +43,7 @@ class Shape(NamedTuple):
     """What a schedule and a kernel's constants depend on.
 
     (batch, head) pairs, then sizes as in `Operands`, packed columns of the factors, window, shift; whether there is a
-    table, and codes for it; whether the caller's mask is for "pairs" of a query and a key, for "keys" alone, or "none".
+    table, and codes for it; whether a mask of the caller's own hides keys.
     """
 
     pairs: int
@@ -59,7 +61,7 @@ class Shape(NamedTuple):
     shift: int
     has_table: bool = False
     has_codes: bool = False
-    mask: str = "none"
+    hides_keys: bool = False
 
     @property
     def is_banded(self) -> bool:
@@ -102,13 +104,17 @@ class HopperOperands(Operands):
         return Shape(
             self.num_programs, self.num_heads, self.group, self.seqlen_q, self.seqlen_k, self.head_dim,
             self.head_dim_v, self.block_d, self.block_dv, self.columns, self.window_left, self.window_right, self.shift,
-            self.table is not None, self.code_q is not None, self._mask_kind(),
+            self.table is not None, self.code_q is not None, self.mask is not None,
         )  # fmt: skip
 
-    def _mask_kind(self) -> str:
+    def key_terms(self, keys: int) -> Tensor | None:
+        """The mask as `[F, M]` that is added to scores, 0 or -inf, M up to a whole number of tiles of `keys` keys."""
         if self.mask is None:
-            return "none"
-        return "keys" if self.mask_strides[1] == 0 else "pairs"
+            return None
+        shown = self.mask[:, 0, :].bool().expand(-1, self.seqlen_k)
+        terms = self.q.new_full((shown.shape[0], cdiv(self.seqlen_k, keys) * keys), -math.inf, dtype=torch.float32)
+        terms[:, : self.seqlen_k].masked_fill_(shown, 0.0)
+        return terms
 
     @property
     def table_over_scale(self) -> Tensor | None:

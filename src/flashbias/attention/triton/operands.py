@@ -250,7 +250,7 @@ class Operands:
 
     def _strides(self) -> dict[str, int]:
         """Strides, in elements."""
-        factors, (mask_f, mask_m, mask_n) = self.factors, self.mask_strides
+        factors, (mask_f, mask_m, mask_n) = self.factors, self._mask_strides()
         result = {
             **strides_of("q", self.q),
             **strides_of("k", self.k),
@@ -264,9 +264,7 @@ class Operands:
         }
         return result | (_NO_FACTORS if factors is None else factors.strides())
 
-    @property
-    def mask_strides(self) -> tuple[int, ...]:
-        """Of mask, query and key, 0 where the mask is the same for all."""
+    def _mask_strides(self) -> tuple[int, ...]:
         if self.mask is None:
             return 0, 0, 0
         return tuple(0 if size == 1 else step for size, step in zip(self.mask.shape, self.mask.stride(), strict=True))
