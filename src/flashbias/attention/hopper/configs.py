@@ -104,9 +104,9 @@ def forward_config(block_d: int, block_dv: int, block_r: int, has_table: bool = 
     elif width > 32:
         config = Config(3, 128, 2)
     elif block_r != CROWDED:
-        config = Config(3, 128, 3, is_ordered=True)
+        config = Config(3, 128, 3, is_ordered=width > 16)
     else:
-        config = Config(2, 64, 3, programs=2, is_ordered=True)
+        config = Config(2, 64, 3, programs=2)
     while config.programs * forward_bytes(config, block_d, block_dv, block_r) > SHARED_MEMORY:
         if config.q_stages > 1:
             config = replace(config, q_stages=1)

@@ -176,7 +176,8 @@ def _step(acc, p, m_i, l_i, step, start_n, q, pq, q_full, q_phase, k_smem, v_sme
           order, w: gl.constexpr, table_ptr, q_code, code_k_ptr, half, terms_ptr,
           is_edge, start_m, seqlen_k, shift, left, right, qk_scale, HAS_LEFT: gl.constexpr,
           HAS_RIGHT: gl.constexpr, HAS_PHI: gl.constexpr, HAS_TABLE: gl.constexpr, HAS_CODES: gl.constexpr,
-          HAS_TERMS: gl.constexpr, ORDERED: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, BEFORE: gl.constexpr,
+          HAS_TERMS: gl.constexpr, ORDERED: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+          BEFORE: gl.constexpr,
           BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr,
           k_layout: gl.constexpr, v_layout: gl.constexpr, pk_layout: gl.constexpr, s_layout: gl.constexpr,
           o_layout: gl.constexpr):  # fmt: skip
@@ -317,7 +318,8 @@ def _consume(
                 acc, p, m_i, l_i, step, last * BLOCK_N, q, pq, q_full.index(place), (turn // Q_STAGES) & 1, k_smem,
                 v_smem, pk_smem, k_full, v_full, empty, order, w, own_table, q_code, code_k_ptr, half, own_terms,
                 False, start_m, seqlen_k, shift, left, right, qk_scale, HAS_LEFT, HAS_RIGHT, HAS_PHI,
-                HAS_TABLE, HAS_CODES, HAS_TERMS, ORDERED, CONSUMERS, STAGES, TAIL, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, k_layout, v_layout,
+                HAS_TABLE, HAS_CODES, HAS_TERMS, ORDERED, CONSUMERS, STAGES, TAIL, BLOCK_N, BLOCK_D, BLOCK_DV,
+                BLOCK_R, k_layout, v_layout,
                 pk_layout, s_layout, o_layout,
             )  # fmt: skip
             last -= 1
@@ -327,7 +329,8 @@ def _consume(
                 acc, p, m_i, l_i, step, tile * BLOCK_N, q, pq, q_full.index(place), (turn // Q_STAGES) & 1, k_smem,
                 v_smem, pk_smem, k_full, v_full, empty, order, w, own_table, q_code, code_k_ptr, half, own_terms,
                 (tile >= full_hi) | (tile < full_lo), start_m, seqlen_k, shift, left, right, qk_scale,
-                HAS_LEFT, HAS_RIGHT, HAS_PHI, HAS_TABLE, HAS_CODES, HAS_TERMS, ORDERED, CONSUMERS, STAGES, BLOCK_N, BLOCK_N, BLOCK_D, BLOCK_DV,
+                HAS_LEFT, HAS_RIGHT, HAS_PHI, HAS_TABLE, HAS_CODES, HAS_TERMS, ORDERED, CONSUMERS, STAGES, BLOCK_N,
+                BLOCK_N, BLOCK_D, BLOCK_DV,
                 BLOCK_R, k_layout, v_layout, pk_layout, s_layout, o_layout,
             )  # fmt: skip
         if not O_IN_Q:
