@@ -83,7 +83,7 @@ _CPU_TILES = {"tile": 1, "causal_step": 512}
 
 _OURS: dict[str, dict[str, Any]] = {
     "sdpa": {"operands": "concatenated", **_CPU_TILES},
-    "hopper": {"operands": "ready", "max_columns": WIDEST_FACTORS, "tables": False},
+    "hopper": {"operands": "ready", "max_columns": WIDEST_FACTORS},
 }
 """What else than packed operands and tables an implementation of this library has."""
 
