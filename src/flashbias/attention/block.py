@@ -155,7 +155,7 @@ def attention_block(call: Call, impl: str = "auto") -> tuple[Tensor, Tensor]:
     """
     with torch.no_grad():
         if block_implementation(call, impl) == "triton":
-            out, lse = registration.attention_forward(*registration.operands(call), "triton")
+            out, lse, _ = registration.attention_forward(*registration.operands(call), "triton")
             return out, _restored(call, lse)
         return _join(call, _reference_forward)
 

@@ -21,18 +21,25 @@ Factors that come in half precision are products of exact operands already: they
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flashbias.attention.call import HALF
+from flashbias.attention.layout import cdiv, next_power_of_2
 from flashbias.factored import FactoredBias
 
 __all__ = [
     "CENTRE_TILE",
+    "Form",
+    "Handed",
     "centre_of",
     "centre_offsets",
+    "chunk_of",
+    "form_of",
     "is_packed",
     "is_power_of_two",
     "is_tile_centred",
@@ -58,6 +65,12 @@ _SIX = (*_THREE, (1, 1), (0, 2), (2, 0))
 
 SIX_UP_TO_RANK = 5
 """Ranks whose factors are carried to float32's own accuracy; 6 * 5 columns still fit into 32."""
+
+WIDEST_CHUNK = 128
+"""Packed columns that a portable kernel holds at once; wider factors go chunk by chunk."""
+
+FLOATS_OF_A_LOAD = 4
+"""A thread loads 16 bytes at once."""
 
 
 def products(rank: int, dtype: torch.dtype) -> tuple[tuple[int, int], ...]:
@@ -106,6 +119,62 @@ def is_packed(phi_q: Tensor, phi_k: Tensor, dtype: torch.dtype) -> bool:
     Two half-precision factors of one dtype beside half-precision queries are exact operands already.
     """
     return not (dtype in HALF and phi_q.dtype in HALF and phi_q.dtype == phi_k.dtype)
+
+
+class Form(NamedTuple):
+    """How packed factors stand in memory: products of parts, dtype, columns as stored; zeros fill those that are left.
+
+    `block` is how many columns a kernel holds at once, a power of two.
+    """
+
+    terms: tuple[tuple[int, int], ...]
+    dtype: torch.dtype
+    width: int
+    block: int
+
+
+@functools.cache
+def form_of(rank: int, dtype: torch.dtype) -> Form:
+    """The form in which portable kernels read factors that are packed for `dtype` queries.
+
+    Whole chunks are stored, so that loads need no mask; a float32 factor is not blown up for that.
+
+    Args:
+        rank: R, at least 1.
+        dtype: dtype of the queries.
+
+    Returns:
+        The form.
+    """
+    terms = products(rank, dtype)
+    columns, is_half = rank * len(terms), dtype in HALF
+    block = chunk_of(columns, WIDEST_CHUNK if is_half else WIDEST_CHUNK // 2)
+    if not is_half and columns < block:
+        return Form(terms, torch.float32, cdiv(columns, FLOATS_OF_A_LOAD) * FLOATS_OF_A_LOAD, block)
+    return Form(terms, torch.bfloat16 if is_half else torch.float32, cdiv(columns, block) * block, block)
+
+
+def chunk_of(columns: int, widest: int = WIDEST_CHUNK) -> int:
+    """How many of a factor's columns a kernel holds at once: a power of two that the matrix unit takes."""
+    return min(widest, max(16, next_power_of_2(columns)))
+
+
+class Handed(NamedTuple):
+    """Packed factors that the forward pass writes (`is_filled` False) and the backward pass reads (True).
+
+    `buffer` has one dimension and holds phi_q, then phi_k, row after row in the columns of `form_of`.
+    """
+
+    buffer: Tensor
+    is_filled: bool
+
+    def sides(self, rows_q: tuple[int, int], rows_k: tuple[int, int], width: int) -> tuple[Tensor, Tensor]:
+        """Views `[groups, rows, width]` of both factors, from their groups and rows."""
+        (groups_q, n), (groups_k, m) = rows_q, rows_k
+        return (
+            self.buffer.as_strided((groups_q, n, width), (n * width, width, 1)),
+            self.buffer.as_strided((groups_k, m, width), (m * width, width, 1), groups_q * n * width),
+        )
 
 
 def split(x: Tensor, parts: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:

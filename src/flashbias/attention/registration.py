@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -19,9 +20,16 @@ from torch import Tensor
 from flashbias.attention import packing
 from flashbias.attention.call import Call
 from flashbias.attention.layout import storable
+from flashbias.attention.packing import Handed
 from flashbias.factored import FactoredBias
 
 __all__ = ["operands", "run"]
+
+TENSORS = 12
+"""How many of the arguments that the operators share are tensors; they come first."""
+
+ARGUMENTS = 21
+"""How many arguments they share."""
 
 UNBOUNDED = -1
 """What stands for an open side of a window in the operators' schema."""
@@ -51,19 +59,25 @@ def _forward(
     bottom_right: bool,
     dropout_p: float,
     impl: str,
-) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of centred scores (see `packing.row_constant`)."""
+    hand_over: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, log-sum-exp of centred scores (see `packing.row_constant`), and packed factors for the backward pass."""
     out = _output_like(query, value)
     lse = _lse_like(query)
+    packed = _packed_like(query, phi_q, phi_k, hand_over)
     _module(impl, "forward").launch(
         out, lse, query, key, value, phi_q, phi_k, table, code_q, code_k, attn_mask, cu_seqlens_q, cu_seqlens_k,
         dropout_seed, max_seqlen_q, max_seqlen_k, ranks, scale, window_left, window_right, bottom_right, dropout_p,
+        Handed(packed, is_filled=False) if hand_over else None,
     )  # fmt: skip
-    return out, lse
+    return out, lse, packed
 
 
-def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _output_like(query, value), _lse_like(query)
+def _fake_forward(
+    query: Tensor, key: Tensor, value: Tensor, phi_q: Tensor | None, phi_k: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    # The dispatcher leaves out arguments that are their defaults.
+    return _output_like(query, value), _lse_like(query), _packed_like(query, phi_q, phi_k, rest[-1] is True)
 
 
 @torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
@@ -94,13 +108,17 @@ def _backward(
     bottom_right: bool,
     dropout_p: float,
     impl: str,
+    packed: Tensor | None = None,
 ) -> list[Tensor]:
-    """Gradients of query, key, value, phi_q, phi_k, table; an empty tensor for each that is not needed."""
+    """Gradients of query, key, value, phi_q, phi_k, table; an empty tensor for each that is not needed.
+
+    `packed` is what the forward pass has handed over, None where there is nothing.
+    """
     grads = _gradients_like((query, key, value, phi_q, phi_k, table), needs_grad)
     _module(impl, "backward").launch(
         grads, dout, dlse, out, lse, tuple(needs_grad), query, key, value, phi_q, phi_k, table, code_q, code_k,
         attn_mask, cu_seqlens_q, cu_seqlens_k, dropout_seed, max_seqlen_q, max_seqlen_k, ranks, scale, window_left,
-        window_right, bottom_right, dropout_p,
+        window_right, bottom_right, dropout_p, None if packed is None else Handed(packed, is_filled=True),
     )  # fmt: skip
     return grads
 
@@ -143,6 +161,19 @@ def _lse_like(query: Tensor) -> Tensor:
     return query.new_empty(query.shape[:-1], dtype=torch.float32)
 
 
+def _packed_like(query: Tensor, phi_q: Tensor | None, phi_k: Tensor | None, hand_over: bool) -> Tensor:
+    """Room for packed factors, uninitialised; empty where none are handed over."""
+    if not hand_over or phi_q is None or phi_k is None:
+        return query.new_empty(0)
+    form = packing.form_of(int(phi_q.shape[-1]), query.dtype)
+    return query.new_empty(_rows(phi_q, phi_k) * form.width, dtype=form.dtype)
+
+
+def _rows(phi_q: Tensor, phi_k: Tensor) -> int:
+    """Rows of both factors, all groups together."""
+    return math.prod(phi_q.shape[:-1]) + math.prod(phi_k.shape[:-1])
+
+
 def _gradients_like(inputs: Sequence[Tensor | None], needs_grad: Sequence[bool]) -> list[Tensor]:
     anchor = next(x for x in inputs if x is not None)
     return [
@@ -158,22 +189,46 @@ class _Differentiable(torch.autograd.Function):
     """The forward operator with a gradient: calls below autograd, in place of the dispatcher's own bookkeeping."""
 
     @staticmethod
-    def forward(ctx: Any, keyset: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        out, lse = _below_autograd(attention_forward, _forward, keyset, inputs)
-        tensors, ctx.options = inputs[:12], inputs[12:]
+    def forward(ctx: Any, keyset: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        tensors, ctx.options = inputs[:TENSORS], inputs[TENSORS:ARGUMENTS]
+        ctx.hands_over, ctx.count = _hands_over(inputs[0], *inputs[3:5]), len(inputs)
+        arguments = (*inputs[:ARGUMENTS], ctx.hands_over)
+        out, lse, packed = _below_autograd(attention_forward, _forward, keyset, arguments)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, out, lse)
-        return out, lse
+        ctx.mark_non_differentiable(packed)
+        # The factors are saved even where their packed form is: autograd tells whether they have been modified.
+        ctx.save_for_backward(*tensors, out, lse, packed)
+        return out, lse, packed
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        *tensors, out, lse = ctx.saved_tensors
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        *tensors, out, lse, packed = ctx.saved_tensors
         needs_grad = list(ctx.needs_input_grad[1:7])
         if dout is None:
             dout = torch.zeros_like(out)
-        grads = attention_backward(dout, dlse, out, lse, needs_grad, *tensors, *ctx.options)
+        handed = packed if ctx.hands_over else None
+        grads = attention_backward(dout, dlse, out, lse, needs_grad, *tensors, *ctx.options, handed)
         wanted = [grad if need else None for grad, need in zip(grads, needs_grad, strict=True)]
-        return (None, *wanted, *(None for _ in range(len(tensors) - 6 + len(ctx.options))))
+        return (None, *wanted, *(None for _ in range(ctx.count - len(wanted))))
+
+
+def _hands_over(query: Tensor, phi_q: Tensor | None, phi_k: Tensor | None) -> bool:
+    """Whether the forward pass leaves its packed factors to the backward pass: where they are no larger than q.
+
+    Only those that all kernels read in one form; the others are packed by each pass for itself.
+    """
+    if phi_q is None or phi_k is None or not packing.is_packed(phi_q, phi_k, query.dtype):
+        return False
+    form = packing.form_of(int(phi_q.shape[-1]), query.dtype)
+    if form.width > packing.WIDEST_CHUNK:
+        return False
+    is_small = _rows(phi_q, phi_k) * form.width * form.dtype.itemsize <= query.numel() * query.element_size()
+    if isinstance(is_small, torch.SymBool):
+        from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+        # Compiled with sizes that only data will tell, nothing is known to be small.
+        return guard_or_false(is_small)
+    return is_small
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -251,7 +306,7 @@ def run(call: Call, impl: str) -> tuple[Tensor, Tensor | None]:
         Output, and the log-sum-exp if asked for, with what centring took from it put back.
     """
     bias, layout = call.bias, call.varlen
-    out, lse = attention_forward(*operands(call), impl)
+    out, lse, _ = attention_forward(*operands(call), impl)
     if not call.return_lse:
         return out, None
     is_centred = layout is None and bias is not None and packing.is_packed(bias.phi_q, bias.phi_k, call.query.dtype)
@@ -261,7 +316,7 @@ def run(call: Call, impl: str) -> tuple[Tensor, Tensor | None]:
 
 
 def operands(call: Call) -> tuple[object, ...]:
-    """The arguments of `flashbias::attention_forward`, all but the last.
+    """The arguments that both operators share, all but the last, `impl`.
 
     Args:
         call: the request.

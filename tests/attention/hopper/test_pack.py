@@ -12,6 +12,8 @@ from flashbias.attention.hopper.configs import NARROWEST, columns_of
 pytest.importorskip("triton")
 
 from flashbias.attention.hopper.pack import ReadyFactors
+from flashbias.attention.triton import pack
+from flashbias.attention.triton.pack import Factors
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 POWER_OF_TWO, OTHER = 0.25, 0.3
@@ -128,6 +130,29 @@ class ReadyFactorsSuite:
         assert found.phi_q.shape == (4, 90, found.columns)
         assert found.phi_q.is_contiguous()
         assert (found.phi_q == found.phi_q[:, :1]).all()
+
+    @pytest.mark.parametrize("rank", [1, 5, 16, 33, 42])
+    def test_either_backward_pass_reads_what_is_handed_over(self, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Beside float32 factors of up to 128 columns both sets of kernels have one form."""
+        raw = [torch.randn(*shape, rank, device=self.device) for shape in ((4, 90), (1, 70))]
+        form = packing.form_of(rank, torch.bfloat16)
+        buffer = torch.empty((4 * 90 + 70) * form.width, dtype=form.dtype, device=self.device)
+        kinds = (ReadyFactors, Factors)
+        alone = [kind.of(*raw, OTHER, torch.bfloat16, True) for kind in kinds]
+        ReadyFactors.of(*raw, OTHER, torch.bfloat16, True, packing.Handed(buffer, is_filled=False))
+        monkeypatch.setattr(pack, "_pack_kernel", None)
+        handed = packing.Handed(buffer, is_filled=True)
+        for kind, right in zip(kinds, alone, strict=True):
+            found = kind.of(*raw, OTHER, torch.bfloat16, True, handed)
+            assert torch.equal(found.phi_q, right.phi_q)
+            assert torch.equal(found.phi_k, right.phi_k)
+
+    def test_half_precision_factors_are_not_handed_over(self) -> None:
+        """Portable kernels take them as they are, and either may run the backward pass."""
+        raw = [torch.randn(1, 40, 16, device=self.device).bfloat16() for _ in range(2)]
+        filled = packing.Handed(torch.zeros(80 * 16, dtype=torch.bfloat16, device=self.device), is_filled=True)
+        found = ReadyFactors.of(*raw, POWER_OF_TWO, torch.bfloat16, True, filled)
+        assert found.phi_k.any()
 
 
 @pytest.mark.interpreter

@@ -13,6 +13,10 @@ from torch.utils.checkpoint import checkpoint
 import flashbias as fb
 from flashbias.attention import registration
 
+pytest.importorskip("triton")
+
+from flashbias.attention.triton import pack
+
 
 class IntegrationSuite:
     device = "cpu"
@@ -47,7 +51,7 @@ class IntegrationSuite:
     def test_opcheck_of_the_backward_operator(self) -> None:
         leaves = self.tensors(requires_grad=False)
         arguments = self.operator_arguments(leaves)
-        out, lse = registration.attention_forward(*arguments)
+        out, lse, _ = registration.attention_forward(*arguments)
         for needs in (
             [True] * 6,
             [False, False, False, True, True, True],
@@ -60,11 +64,114 @@ class IntegrationSuite:
     def test_nothing_is_returned_for_what_needs_no_gradient(self) -> None:
         leaves = self.tensors(requires_grad=False)
         arguments = self.operator_arguments(leaves)
-        out, lse = registration.attention_forward(*arguments)
+        out, lse, _ = registration.attention_forward(*arguments)
         for needed in range(6):
             needs = [index == needed for index in range(6)]
             grads = registration.attention_backward(torch.ones_like(out), None, out, lse, needs, *arguments)
             assert [bool(g.numel()) for g in grads] == needs
+
+    def packing_launches(self, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+        """One entry for each launch of the kernel that packs."""
+        launches: list[Any] = []
+
+        class Counted:
+            def __getitem__(self, grid: Any) -> Any:
+                launches.append(grid)
+                return kernel[grid]
+
+        kernel = pack._pack_kernel
+        monkeypatch.setattr(pack, "_pack_kernel", Counted())
+        return launches
+
+    def factored(self, dtype: torch.dtype, rank: int = 2, constant: bool = False) -> list[Tensor]:
+        """query, key, value, and factors that are small beside them at rank 2."""
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(3, 4, 70, 32)] * 3 + [(4, 1 if constant else 70, rank), (1, 70, rank)]
+        made = [torch.randn(shape, generator=generator).to(self.device) for shape in shapes]
+        leaves = [x.to(dtype) if i < 3 else x for i, x in enumerate(made)]
+        return [x.requires_grad_() for x in leaves]
+
+    @staticmethod
+    def attend_factored(q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor) -> Tensor:
+        bias = fb.FactoredBias(phi_q.expand(-1, q.shape[-2], -1), phi_k)
+        return fb.attention(q, k, v, bias, impl="triton")  # type: ignore[return-value]
+
+    @pytest.mark.parametrize("constant", [False, True], ids=["rows", "one-row"])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+    def test_factors_are_packed_once(self, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, constant: bool) -> None:
+        """By one launch for both passes, again with the graph kept; the bits are those of packing in each pass."""
+        leaves = self.factored(dtype, constant=constant)
+        launches = self.packing_launches(monkeypatch)
+        out = self.attend_factored(*leaves)
+        assert len(launches) == 1
+        once = torch.autograd.grad(out.sum(), leaves, retain_graph=True)
+        twice = torch.autograd.grad(out.sum(), leaves)
+        assert len(launches) == 1
+        monkeypatch.setattr(registration, "_hands_over", lambda *_: False)
+        apart = self.attend_factored(*leaves)
+        found = torch.autograd.grad(apart.sum(), leaves)
+        assert len(launches) == 3
+        assert torch.equal(out, apart)
+        assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(once, twice, found, strict=True))
+
+    def test_what_is_handed_over_is_no_larger_than_the_queries(self) -> None:
+        """Larger factors are packed by each pass, and nothing is kept where no gradient is asked for."""
+        sizes: list[int] = []
+
+        def keep(x: Tensor) -> Tensor:
+            sizes.append(x.numel() * x.element_size() if x.dim() == 1 else 0)
+            return x
+
+        q = self.factored(torch.bfloat16)[0]
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            self.attend_factored(*self.factored(torch.bfloat16))
+            small = sum(sizes)
+            self.attend_factored(*self.factored(torch.bfloat16, rank=33))
+        assert 0 < small <= q.numel() * q.element_size()
+        assert sum(sizes) == small
+        arguments = (*self.factored(torch.bfloat16), *[None] * 7, 70, 70, [], 0.3, -1, 0, False, 0.0, "triton")
+        with torch.no_grad():
+            *_, packed = registration.attention_forward(*arguments)
+        assert packed.numel() == 0
+
+    @pytest.mark.parametrize("index", [3, 4], ids=["phi_q", "phi_k"])
+    def test_modified_factors_are_noticed(self, index: int) -> None:
+        leaves = self.factored(torch.bfloat16)
+        out = self.attend_factored(*leaves)
+        with torch.no_grad():
+            leaves[index] += 1.0
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+
+    def test_checkpoints_and_compiled_regions_hand_over(self) -> None:
+        torch.compiler.reset()
+        leaves = self.factored(torch.bfloat16)
+        wanted = torch.autograd.grad(self.attend_factored(*leaves).sum(), leaves)
+        compiled = torch.compile(self.attend_factored, fullgraph=True, backend="aot_eager", dynamic=True)
+        for out in (checkpoint(self.attend_factored, *leaves, use_reentrant=False), compiled(*leaves)):
+            found = torch.autograd.grad(out.sum(), leaves)  # type: ignore[union-attr]
+            assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+    def test_opcheck_of_what_is_handed_over(self) -> None:
+        leaves = self.factored(torch.bfloat16)
+        arguments = (*leaves, *[None] * 7, 70, 70, [], 0.3, -1, 0, False, 0.0, "triton")
+        torch.library.opcheck(registration.attention_forward, arguments)
+        torch.library.opcheck(registration.attention_forward, (*(x.detach() for x in leaves), *arguments[5:], True))
+
+    def test_sizes_that_only_data_tell_compile(self) -> None:
+        """There nothing is known to be small."""
+        torch.compiler.reset()
+
+        def model(keep: Tensor, q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor) -> Tensor:
+            rows = keep.nonzero().squeeze(-1)
+            torch._check(rows.shape[0] > 1)
+            return self.attend_factored(q[rows], k[rows], v[rows], phi_q, phi_k)
+
+        leaves, keep = self.factored(torch.bfloat16), torch.tensor([True, False, True], device=self.device)
+        with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+            out = torch.compile(model, fullgraph=True, backend="aot_eager")(keep, *leaves)
+        found, wanted = (torch.autograd.grad(x.sum(), leaves) for x in (out, model(keep, *leaves)))
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
     def test_modes_see_both_operators(self) -> None:
         """Below autograd too the call is one operator, whose kernels nobody looks into."""

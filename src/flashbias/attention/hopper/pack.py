@@ -7,6 +7,7 @@ from torch import Tensor
 
 from flashbias.attention import packing
 from flashbias.attention.hopper.configs import columns_of
+from flashbias.attention.packing import Form, Handed
 from flashbias.attention.triton.pack import Factors, by_group, packed_pair
 from flashbias.attention.triton.primitives import READY
 
@@ -21,15 +22,27 @@ class ReadyFactors(Factors):
     """
 
     @classmethod
-    def of(cls, phi_q: Tensor, phi_k: Tensor, scale: float, dtype: torch.dtype, centred: bool) -> ReadyFactors:
+    def of(
+        cls,
+        phi_q: Tensor,
+        phi_k: Tensor,
+        scale: float,
+        dtype: torch.dtype,
+        centred: bool,
+        handed: Handed | None = None,
+    ) -> ReadyFactors:
         """As `Factors.of`."""
         raw_q, raw_k = by_group(phi_q), by_group(phi_k)
         rank = raw_q.shape[-1]
         terms = packing.ready_products(rank, raw_q.dtype, raw_k.dtype, scale, dtype)
-        centre = centred and packing.is_packed(raw_q, raw_k, dtype)
         width = columns_of(rank * len(terms))
-        tile = raw_k.shape[-2] if centre else 0
-        packed_q, packed_k = packed_pair(raw_q, raw_k, scale, terms, torch.bfloat16, width, tile)
-        return cls(
-            packed_q.contiguous(), packed_k, raw_q, raw_k, rank, len(terms), width, width, READY.value, False, scale
-        )
+        form = Form(terms, torch.bfloat16, width, width)
+        is_packed = packing.is_packed(raw_q, raw_k, dtype)
+        # What is handed over has the form that portable kernels read, which may be the ones of the backward pass.
+        is_shared = is_packed and form == packing.form_of(rank, dtype)
+        tile = raw_k.shape[-2] if centred and is_packed else 0
+        # The copy engine knows no stride of 0.
+        packed_q, packed_k = packed_pair(
+            raw_q, raw_k, scale, form, tile, handed if is_shared else None, every_row=True
+        )  # fmt: skip
+        return cls(packed_q, packed_k, raw_q, raw_k, rank, len(terms), width, width, READY.value, False, scale)

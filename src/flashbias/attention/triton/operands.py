@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flashbias.attention import packing
 from flashbias.attention.layout import Sharing, cdiv, flatten_heads, next_power_of_2, share
+from flashbias.attention.packing import Handed
 from flashbias.attention.triton.configs import WIDEST_SPLIT
 from flashbias.attention.triton.pack import FACTOR_STRIDES, Factors
 
@@ -80,6 +81,7 @@ class Operands:
     window_right: int
     bottom_right: bool
     dropout_p: float
+    handed: Handed | None
 
     factors_type: ClassVar[type[Factors]] = Factors
     """How factors are brought into the form that the kernels read."""
@@ -118,8 +120,12 @@ class Operands:
         window_right: int,
         bottom_right: bool,
         dropout_p: float,
+        handed: Handed | None = None,
     ) -> Self:
-        """Flatten; arguments as in the operators' schema. Factors are packed when they are asked for."""
+        """Flatten; arguments as in the operators' schema. Factors are packed when they are asked for.
+
+        `handed` is where the forward pass leaves them and the backward pass finds them.
+        """
         full = query.shape[:-2]
         everyone = _everyone(math.prod(full))
         per_head_ranks, sharing_q, sharing_k = None, everyone, everyone
@@ -155,6 +161,7 @@ class Operands:
             window_right,
             bottom_right,
             dropout_p,
+            handed,
         )
 
     @staticmethod
@@ -167,7 +174,9 @@ class Operands:
         """The factors as the kernels read them; a call that ends in other kernels never packs them."""
         if self.phi_q is None or self.phi_k is None:
             return None
-        return self.factors_type.of(self.phi_q, self.phi_k, self.scale, self.q.dtype, centred=not self.is_varlen)
+        return self.factors_type.of(
+            self.phi_q, self.phi_k, self.scale, self.q.dtype, centred=not self.is_varlen, handed=self.handed
+        )
 
     # ---------------------------------------------------------------- sizes
 

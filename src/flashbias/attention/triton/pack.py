@@ -17,23 +17,64 @@ import triton.language as tl
 from torch import Tensor
 
 from flashbias.attention import packing
-from flashbias.attention.call import HALF
 from flashbias.attention.layout import cdiv, flatten_heads, next_power_of_2
+from flashbias.attention.packing import Form, Handed
 from flashbias.attention.triton.primitives import EXACT, READY, UNSCALED, centre_of
 
 __all__ = ["FACTOR_STRIDES", "Factors", "by_group", "packed_pair"]
 
-WIDEST_CHUNK = 128
-"""Packed columns that a kernel holds at once; wider factors go chunk by chunk."""
+BLOCK_ROWS = 64
+"""Rows of a factor that one program packs; a tile of keys that share a centre is a multiple of it."""
 
-FLOATS_OF_A_LOAD = 4
-"""A thread loads 16 bytes at once."""
+WIDEST_BLOCK = 64
+"""Columns that one program packs."""
 
 
 @triton.jit
 def _pack_kernel(
+    q_ptr,
+    k_ptr,
+    packed_q_ptr,
+    packed_k_ptr,
+    programs_q,
+    rows_q,
+    rows_k,
+    rank: tl.constexpr,
+    width,
+    stride_qf,
+    stride_qn,
+    stride_qr,
+    stride_kf,
+    stride_kn,
+    stride_kr,
+    centre_tile,
+    scale,
+    PARTS_Q: tl.constexpr,
+    PARTS_K: tl.constexpr,
+    TERMS: tl.constexpr,
+    CENTRED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Both factors in one launch: the first programs pack blocks of phi_q, the others blocks of phi_k."""
+    block = tl.program_id(0)
+    if block < programs_q:
+        _pack_rows(
+            q_ptr, packed_q_ptr, block, rows_q, rank, width, stride_qf, stride_qn, stride_qr, centre_tile, scale,
+            PARTS_Q, TERMS, False, False, BLOCK_N, BLOCK_C,
+        )  # fmt: skip
+    else:
+        _pack_rows(
+            k_ptr, packed_k_ptr, block - programs_q, rows_k, rank, width, stride_kf, stride_kn, stride_kr, centre_tile,
+            scale, PARTS_K, TERMS, True, CENTRED, BLOCK_N, BLOCK_C,
+        )  # fmt: skip
+
+
+@triton.jit
+def _pack_rows(
     x_ptr,
     out_ptr,
+    block,
     length,
     rank: tl.constexpr,
     width,
@@ -51,8 +92,8 @@ def _pack_kernel(
 ):
     """One block of rows of a packed factor; PARTS holds two bits for each term."""
     blocks = tl.cdiv(length, BLOCK_N)
-    f = tl.cast(tl.program_id(0) // blocks, tl.int64)
-    n = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    f = tl.cast(block // blocks, tl.int64)
+    n = (block % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     r = c % rank
     term = c // rank
@@ -64,7 +105,7 @@ def _pack_kernel(
         x = tl.div_rn(x, scale)
     elif CENTRED:
         # A block of rows lies within one tile: there is one centre for all of them.
-        start = (tl.program_id(0) % blocks) * BLOCK_N // centre_tile * centre_tile
+        start = (block % blocks) * BLOCK_N // centre_tile * centre_tile
         r_used = tl.where(term < TERMS, r, rank)
         centre = centre_of(x_ptr + f * stride_f + r * stride_r, start, centre_tile, r_used, length, stride_n, rank)
         x -= centre[None, :]
@@ -134,7 +175,15 @@ class Factors:
         return dict(zip(FACTOR_STRIDES, (*packed, *self.raw_q.stride(), *self.raw_k.stride()), strict=True))
 
     @classmethod
-    def of(cls, phi_q: Tensor, phi_k: Tensor, scale: float, dtype: torch.dtype, centred: bool) -> Factors:
+    def of(
+        cls,
+        phi_q: Tensor,
+        phi_k: Tensor,
+        scale: float,
+        dtype: torch.dtype,
+        centred: bool,
+        handed: Handed | None = None,
+    ) -> Factors:
         """Pack for queries of `dtype`, or take the factors as they are where their products are exact.
 
         Args:
@@ -143,6 +192,7 @@ class Factors:
             scale: factor of the dot products.
             dtype: dtype of the queries.
             centred: whether phi_k may be centred (packed batches are not: no sequence may see another).
+            handed: what goes from the forward pass to the backward pass.
 
         Returns:
             The operands.
@@ -151,18 +201,15 @@ class Factors:
         rank = raw_q.shape[-1]
         if not packing.is_packed(raw_q, raw_k, dtype):
             raw_q, raw_k = _unit_stride(raw_q), _unit_stride(raw_k)
-            block_r = _block(rank)
+            block_r = packing.chunk_of(rank)
             mode = _mode(scale, raw_q.dtype, chunked=rank > block_r)
             return cls(raw_q, raw_k, raw_q, raw_k, rank, 1, rank, block_r, mode, False, 1.0)
         tiled = centred and packing.is_tile_centred(raw_k.shape[-2], dtype)
-        terms = packing.products(rank, dtype)
-        operand_dtype = torch.bfloat16 if dtype in HALF else torch.float32
-        block_r = _block(rank * len(terms), WIDEST_CHUNK if dtype in HALF else WIDEST_CHUNK // 2)
-        width = _width(rank * len(terms), block_r, operand_dtype)
+        form = packing.form_of(rank, dtype)
         tile = packing.CENTRE_TILE if tiled else raw_k.shape[-2] if centred else 0
-        packed_q, packed_k = packed_pair(raw_q, raw_k, scale, terms, operand_dtype, width, tile)
+        packed_q, packed_k = packed_pair(raw_q, raw_k, scale, form, tile, handed)
         return cls(
-            packed_q, packed_k, raw_q, raw_k, rank, len(terms), width, block_r, READY.value, tiled, scale
+            packed_q, packed_k, raw_q, raw_k, rank, len(form.terms), form.width, form.block, READY.value, tiled, scale
         )  # fmt: skip
 
 
@@ -170,17 +217,6 @@ def _mode(scale: float, dtype: torch.dtype, chunked: bool) -> int:
     """An exact way to S / scale: float16 could leave its range when multiplied, other scales are not exact."""
     exact = packing.is_power_of_two(scale) and dtype == torch.bfloat16 and not chunked
     return EXACT.value if exact else UNSCALED.value
-
-
-def _width(columns: int, block_r: int, dtype: torch.dtype) -> int:
-    """Columns to store: whole chunks, so that loads need no mask; a float32 factor is not blown up for that."""
-    if dtype == torch.float32 and columns < block_r:
-        return cdiv(columns, FLOATS_OF_A_LOAD) * FLOATS_OF_A_LOAD
-    return cdiv(columns, block_r) * block_r
-
-
-def _block(columns: int, widest: int = WIDEST_CHUNK) -> int:
-    return min(widest, max(16, next_power_of_2(columns)))
 
 
 def by_group(x: Tensor) -> Tensor:
@@ -196,48 +232,64 @@ def packed_pair(
     raw_q: Tensor,
     raw_k: Tensor,
     scale: float,
-    terms: tuple[tuple[int, int], ...],
-    dtype: torch.dtype,
-    width: int,
+    form: Form,
     centre_tile: int,
+    handed: Handed | None = None,
+    *,
+    every_row: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Both sides, in `width` columns; keys that share a centre are `centre_tile`, 0 where none is taken off."""
-    parts_q, parts_k = _parts(terms)
-    packed_q = _packed(raw_q, scale, parts_q, len(terms), dtype, width, None)
-    return packed_q, _packed(raw_k, scale, parts_k, len(terms), dtype, width, centre_tile)
+    """Both factors in a form, by one launch; by none where the forward pass has handed them over.
+
+    Args:
+        raw_q: `[F_q, N, R]`.
+        raw_k: `[F_k, M, R]`.
+        scale: factor of the dot products.
+        form: what to make.
+        centre_tile: keys that share a centre, 0 where none is taken off.
+        handed: where the pair goes or comes from; None for tensors of its own.
+        every_row: whether a phi_q that is the same for all queries is written for each of them.
+
+    Returns:
+        `[F_q, N, width]`, with stride 0 where one row stands for all, and `[F_k, M, width]`.
+    """
+    (groups_q, n, rank), (groups_k, m, _) = raw_q.shape, raw_k.shape
+    rows_q = n
+    if handed is not None:
+        packed_q, packed_k = handed.sides((groups_q, n), (groups_k, m), form.width)
+        if handed.is_filled:
+            return packed_q, packed_k
+    else:
+        rows_q = 1 if raw_q.stride(1) == 0 and not every_row else n
+        packed_q = raw_q.new_empty((groups_q, rows_q, form.width), dtype=form.dtype)
+        packed_k = raw_k.new_empty((groups_k, m, form.width), dtype=form.dtype)
+    programs_q, programs_k = groups_q * cdiv(rows_q, BLOCK_ROWS), groups_k * cdiv(m, BLOCK_ROWS)
+    parts_q, parts_k = _parts(form.terms)
+    block_c = min(next_power_of_2(form.width), WIDEST_BLOCK)
+    _pack_kernel[(programs_q + programs_k, cdiv(form.width, block_c))](
+        raw_q,
+        raw_k,
+        packed_q,
+        packed_k,
+        programs_q,
+        rows_q,
+        m,
+        rank,
+        form.width,
+        *raw_q.stride(),
+        *raw_k.stride(),
+        centre_tile or 1,
+        scale,
+        PARTS_Q=parts_q,
+        PARTS_K=parts_k,
+        TERMS=len(form.terms),
+        CENTRED=centre_tile > 0,
+        BLOCK_N=BLOCK_ROWS,
+        BLOCK_C=block_c,
+    )
+    return packed_q if rows_q == n else packed_q.expand(-1, n, -1), packed_k
 
 
 @functools.cache
 def _parts(terms: tuple[tuple[int, int], ...]) -> tuple[int, int]:
     """Parts of phi_q and of phi_k that the columns hold, two bits for each."""
     return sum(a << (2 * t) for t, (a, _) in enumerate(terms)), sum(b << (2 * t) for t, (_, b) in enumerate(terms))
-
-
-def _packed(
-    x: Tensor, scale: float, parts: int, terms: int, dtype: torch.dtype, width: int, centre_tile: int | None
-) -> Tensor:
-    """`[F, n, width]` of one side; `centre_tile` is None for queries, 0 for keys that are not centred."""
-    groups, length, rank = x.shape
-    steps = x.stride()
-    constant = centre_tile is None and steps[1] == 0
-    rows = 1 if constant else length
-    out = x.new_empty((groups, rows, width), dtype=dtype)
-    block_n, block_c = 64, min(next_power_of_2(width), 64)
-    grid = (groups * cdiv(rows, block_n), cdiv(width, block_c))
-    _pack_kernel[grid](
-        x,
-        out,
-        rows,
-        rank,
-        width,
-        *steps,
-        centre_tile or 1,
-        scale,
-        PARTS=parts,
-        TERMS=terms,
-        IS_KEY=centre_tile is not None,
-        CENTRED=bool(centre_tile),
-        BLOCK_N=block_n,
-        BLOCK_C=block_c,
-    )
-    return out.expand(-1, length, -1) if constant else out
