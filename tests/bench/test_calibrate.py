@@ -168,20 +168,20 @@ def test_features_that_no_point_has_get_no_coefficient() -> None:
         model.head_ms(points[0].workload, 0, TableSize(5))
 
 
-class TestKernelsWithoutTables:
-    """`ours/hopper` takes factors up to a width and no tables, so it stands beside an implementation that takes all."""
+class TestKernelsWithLimits:
+    """`ours/hopper` takes factors up to a width, so it stands beside an implementation that takes all."""
 
     @staticmethod
     def made() -> Coefficients:
         """The portable kernels, and others at half their time."""
         points = [point for point in synthetic() if point.family == "ours"]
-        plain = [replace(p, provider="ours/hopper", table=None, ms=p.ms / 2) for p in points if p.table is None]
-        return Coefficients("made", tuple(model for model, _ in fit([*points, *plain], "cuda")), {})
+        faster = [replace(p, provider="ours/hopper", ms=p.ms / 2) for p in points]
+        return Coefficients("made", tuple(model for model, _ in fit([*points, *faster], "cuda")), {})
 
     def test_their_limits_are_known(self) -> None:
         portable, hopper = self.made().models
-        assert (portable.operands, portable.max_columns, portable.tables) == ("packed", None, True)
-        assert (hopper.operands, hopper.max_columns, hopper.tables) == ("ready", 256, False)
+        assert (portable.operands, portable.max_columns) == ("packed", None)
+        assert (hopper.operands, hopper.max_columns) == ("ready", 256)
 
     @pytest.mark.parametrize(
         ("form", "rank", "table", "expected"),
@@ -189,8 +189,8 @@ class TestKernelsWithoutTables:
             ("factored", 16, None, "ours/hopper"),
             ("factored", 256, None, "ours/hopper"),
             ("factored", 257, None, "ours/triton"),
-            ("table", 0, TableSize(65), "ours/triton"),
-            ("table+factored", 16, TableSize(65), "ours/triton"),
+            ("table", 0, TableSize(65), "ours/hopper"),
+            ("table+factored", 257, TableSize(65), "ours/triton"),
         ],
         ids=str,
     )

@@ -85,7 +85,6 @@ class Model:
             mask is "unsupported".
         max_elements: entries that a dense bias may have, None for any number.
         max_columns: columns that factors may have, None for any number.
-        tables: whether it takes relative tables.
     """
 
     family: str
@@ -99,7 +98,6 @@ class Model:
     causal: Literal["skipped", "computed", "unsupported"] = "skipped"
     max_elements: int | None = None
     max_columns: int | None = None
-    tables: bool = True
 
     def __post_init__(self) -> None:
         """Check the coefficients, which come from a file."""
@@ -178,8 +176,6 @@ class Model:
 
     def can_take(self, w: Workload, ranks: Iterable[int], table: TableSize | None) -> bool:
         """Whether the provider does a bias of this form at all."""
-        if table is not None and not self.tables:
-            return False
         columns = self._operand_widths(w, max(ranks, default=0))[0]
         return self.max_columns is None or columns <= self.max_columns
 
