@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flashbias as fb
-from flashbias.attention import sdpa
+from flashbias.attention import packing, sdpa
 from flashbias.attention.coefficients import FEATURES, Coefficients, Model, NoCoefficientsError
 from flashbias.attention.packing import SIX_UP_TO_RANK
 from flashbias.attention.plan import HeadCosts, Plan, plan, predict_ms
@@ -140,14 +140,13 @@ def test_concatenated_columns_are_those_that_sdpa_multiplies(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("rank", [1, 2, 5, 6, 16, 17, 40, 96, 200])
 def test_packed_columns_are_those_of_the_kernels(dtype: torch.dtype, rank: int) -> None:
-    pack = pytest.importorskip("flashbias.attention.triton.pack")
     terms = {torch.float32: 1, torch.bfloat16: 6 if rank <= SIX_UP_TO_RANK else 3}[dtype]
-    widest = pack.WIDEST_CHUNK if dtype == torch.bfloat16 else pack.WIDEST_CHUNK // 2
-    block = pack._block(terms * rank, widest)
+    widest = packing.WIDEST_CHUNK if dtype == torch.bfloat16 else packing.WIDEST_CHUNK // 2
+    block = packing.chunk_of(terms * rank, widest)
     w = Workload(1, 8, 8, 64, dtype=dtype)
     assert our_columns(w, rank, "packed") == math.ceil(terms * rank / block) * block
     half = replace(w, dtype=torch.bfloat16, factor_dtype=torch.bfloat16)
-    block = pack._block(rank)
+    block = packing.chunk_of(rank)
     assert our_columns(half, rank, "packed") == math.ceil(rank / block) * block
 
 
