@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashbias.attention.hopper import slabs
 from flashbias.attention.hopper.configs import NARROWEST, ROWS, BackwardConfig, backward_config, columns_of
 from flashbias.attention.hopper.fused import _bwd_kernel
 from flashbias.attention.hopper.operands import (
@@ -89,16 +90,10 @@ def _is_one_for_each_group(ops: HopperOperands) -> bool:
 
 def is_slower(ops: HopperOperands, block_g: int) -> bool:
     """Whether the portable kernels were faster on an H200 (docs/kernels.md)."""
-    width, members = max(ops.block_d, ops.block_dv), ops.sharing_q.members
-    if ops.columns > MANY_COLUMNS and width <= 64:
+    width = max(ops.block_d, ops.block_dv)
+    if block_g <= NARROWEST or 32 < width <= 64:
         return False
-    if width <= 16:
-        return block_g > NARROWEST
-    if width <= 32:
-        return block_g > NARROWEST or (block_g > 0 and members == 1)
-    if width <= 64:
-        return block_g == 0 or members < FEWEST_MEMBERS
-    return block_g > 0
+    return width > 64 or ops.columns <= MANY_COLUMNS
 
 
 def launch_as(
@@ -116,28 +111,32 @@ def launch_as(
     factors, block_m = ops.factors, config.block_m
     dout = addressable(flattened(dout))
     lse2, delta = portable.rows_of(ops, dout, dlse, ops.flat(out), lse, block_m)
-    dq = torch.zeros_like(ops.q, dtype=torch.float32, memory_format=torch.contiguous_format)
+    dq_columns = config.dq_columns(ops.block_d)
+    dq = slabs.zeros(ops.batch * ops.num_heads, lse2.shape[-1], ops.block_d, dq_columns, ops.q.device)
     dk, dv = (_target(ops, grad, x) for grad, x in ((grads[1], ops.k), (grads[2], ops.v)))
     rank = ops.rank
     block_g = columns_of(max(rank, 1))
-    sum_q = _sums(factors.phi_q, block_g) if factors is not None and need_phi_q else None
-    sum_k = _sums(factors.phi_k, block_g) if factors is not None and need_phi_k else None
     apart = are_summed_apart(ops)
-    dpq, dpk = (None, None) if apart else (sum_q, sum_k)
+    sum_q = _sums(factors.phi_q, block_g) if factors is not None and need_phi_q and apart else None
+    sum_k = _sums(factors.phi_k, block_g) if factors is not None and need_phi_k else None
+    dpq = None
+    if factors is not None and need_phi_q and not apart:
+        dpq = slabs.zeros(factors.phi_q.shape[0], lse2.shape[-1], block_g, block_g, ops.q.device)
+    dpk = None if apart else sum_k
 
     q, do = descriptor(ops.q, block_m, ops.block_d), descriptor(dout, block_m, ops.block_dv)
     k, v = descriptor(ops.k, ROWS, ops.block_d), descriptor(ops.v, ROWS, ops.block_dv)
     pq = q if factors is None else descriptor(factors.phi_q, block_m, ops.columns)
     pk = k if factors is None else descriptor(factors.phi_k, ROWS, ops.columns)
-    dq_box = descriptor(dq.flatten(0, 1), block_m, config.dq_columns(ops.block_d))
-    dpq_box = dq_box if dpq is None else descriptor(dpq, block_m, block_g)
+    dq_box = slabs.box_of(dq, block_m, dq_columns)
+    dpq_box = dq_box if dpq is None else slabs.box_of(dpq, block_m, block_g)
     dpk_box = dq_box if dpk is None else descriptor(dpk, ROWS, block_g)
     schedule, blocks, pairs = schedule_of(config, ops)
     _bwd_kernel[(schedule.programs,)](
         q, k, v, do, pq, pk, lse2, delta, dq_box, descriptor(dk, ROWS, ops.block_d),
         descriptor(dv, ROWS, ops.block_dv), dpq_box, dpk_box,
-        schedule.units, pairs, schedule.heads, blocks, ops.num_heads, ops.group, lse2.shape[-1], ops.seqlen_q,
-        ops.seqlen_k, ops.shift, ops.window_left, ops.window_right, ops.scale, *ops.sharing_q.sizes,
+        schedule.units, pairs, schedule.heads, blocks, ops.num_heads, ops.group, dq.shape[1], lse2.shape[-1],
+        ops.seqlen_q, ops.seqlen_k, ops.shift, ops.window_left, ops.window_right, ops.scale, *ops.sharing_q.sizes,
         *ops.sharing_k.sizes,
         HAS_LEFT=ops.window_left >= 0,
         HAS_RIGHT=ops.window_right >= 0,
@@ -151,24 +150,28 @@ def launch_as(
         BLOCK_DV=ops.block_dv,
         BLOCK_R=ops.columns,
         BLOCK_G=block_g,
-        FROM_REGISTERS=config.from_registers,
-        SHARED=config.is_shared,
+        HOLDS_KEYS=config.holds_keys,
+        TURNED=config.is_turned,
+        DQ_COLUMNS=dq_columns,
         CONSUMERS=config.consumers,
         ALTERNATES=schedule.alternates,
         REGISTERS=config.registers,
         q_layout=matrix(q), k_layout=matrix(k), v_layout=matrix(v), do_layout=matrix(do), pq_layout=matrix(pq),
-        pk_layout=matrix(pk), ds_layout=layout_of((ROWS, block_m), ops.q.dtype), dq_layout=matrix(dq_box),
-        dpq_layout=matrix(dpq_box), dpk_layout=matrix(dpk_box),
+        pk_layout=matrix(pk), ds_layout=layout_of((ROWS, block_m), ops.q.dtype),
+        dq_layout=slabs.order_of(block_m, dq_columns),
+        dpq_layout=slabs.order_of(block_m, block_g), dpk_layout=matrix(dpk_box),
         num_warps=4,
         maxnreg=config.maxnreg,
     )  # fmt: skip
     if needs_grad[0]:
-        torch.mul(dq, ops.scale, out=ops.flat(grads[0]))
+        slabs.unfold(dq, ops.flat(grads[0]), ops.scale, config.is_turned)
     for grad, made in ((grads[1], dk), (grads[2], dv)):
         if grad.numel() and ops.flat(grad).data_ptr() != made.data_ptr():
             ops.flat(grad).copy_(made)
     if apart and factors is not None and (need_phi_q or need_phi_k):
         shared.launch(ops, (factors.phi_q, factors.phi_k), (sum_q, sum_k), dout, lse2, delta)
+    if dpq is not None:
+        slabs.unfold(dpq, grads[3].view(1, dpq.shape[0], -1, rank), 1.0)
     for grad, sums in ((grads[3], sum_q), (grads[4], sum_k)):
         if sums is not None:
             grad.view(-1, sums.shape[1], rank).copy_(sums[..., :rank])

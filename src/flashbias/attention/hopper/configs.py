@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -156,24 +156,29 @@ def ready_columns(rank: int, dtype_q: torch.dtype, dtype_k: torch.dtype, scale: 
 
 @dataclass(frozen=True)
 class BackwardConfig(Warpgroups):
-    """Warpgroups that compute, each with 64 keys; queries of a step; steps in flight.
+    """Warpgroups that compute, each with 64 keys; queries of a step; steps in flight; what they share and hold.
 
     Where heads are wide the warpgroups exchange dS and each makes its columns of dq, so that half as much is added to
-    memory; there they read dS from shared memory for dk too, since registers are short. Narrow heads do without the
-    exchange: warpgroups that never wait for each other hide each other's latency.
+    memory. Narrow heads do without: warpgroups that never wait for each other hide each other's latency. What a
+    warpgroup holds in registers the matrix unit does not read from shared memory, whose bandwidth is what is short.
+
+    Args:
+        consumers: warpgroups that compute.
+        block_m: queries of a step.
+        stages: steps whose queries are in flight.
+        is_shared: whether dS is exchanged.
+        holds_keys: whether keys and values are operands from registers, of the scores and of dP.
+        is_turned: whether dq is made as a matrix of columns by queries, keys an operand from registers there too.
     """
 
     consumers: int
     block_m: int
     stages: int
-    is_shared: bool
+    is_shared: bool = False
+    holds_keys: bool = False
+    is_turned: bool = False
 
     programs: ClassVar[int] = 1
-
-    @property
-    def from_registers(self) -> bool:
-        """Whether dS is an operand of dk from registers."""
-        return not self.is_shared
 
     def dq_columns(self, block_d: int) -> int:
         """Columns of dq that one warpgroup makes."""
@@ -191,7 +196,8 @@ def backward_config(block_d: int, block_dv: int, block_r: int, block_g: int) -> 
     """
     width = max(block_d, block_dv)
     for stages in (2, 1):
-        config = BackwardConfig(3 if width <= 32 else 2, 64, stages, width > 64)
+        is_turned = width == ROWS and block_d == ROWS
+        config = BackwardConfig(3 if width <= 32 else 2, 64, stages, width > 64, width <= 64, is_turned)
         if backward_bytes(config, block_d, block_dv, block_r, block_g) <= SHARED_MEMORY:
             return config
     return None
@@ -199,9 +205,10 @@ def backward_config(block_d: int, block_dv: int, block_r: int, block_g: int) -> 
 
 def backward_bytes(config: BackwardConfig, block_d: int, block_dv: int, block_r: int, block_g: int) -> int:
     """Shared memory of a program."""
-    block_n, rows = ROWS * config.consumers, config.consumers * config.block_m
+    block_n = ROWS * config.consumers
     width = block_d + block_dv + block_r
-    scores = rows * ROWS * (2 if config.is_shared else 1)
+    scores = block_n * config.block_m * (2 if config.is_shared else 1)
     halves = block_n * width + config.stages * config.block_m * width + scores
-    singles = rows * (config.dq_columns(block_d) + block_g) + block_n * block_g + 2 * config.stages * config.block_m
+    sums = config.consumers * config.block_m * (config.dq_columns(block_d) + block_g)
+    singles = sums + block_n * block_g + 2 * config.stages * config.block_m
     return 2 * halves + 4 * singles + BARRIERS

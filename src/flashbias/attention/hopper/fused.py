@@ -6,9 +6,12 @@ queries:
     S^T = k q^T + phi_k phi_q^T     P^T = exp2(S^T scale log2(e) - lse)     dP^T = v dO^T     dS^T = P^T (dP^T - delta)
     dv += P^T dO     dk += dS^T q     dphi_k += dS^T phi_q                  dq += dS k     dphi_q += dS phi_k
 
-P^T and dS^T are operands from registers; dS goes through shared memory, for dq. SHARED: there the keys of both
-warpgroups meet, and each makes half of the columns of dq; otherwise each makes the dq of its own keys and waits for
-nobody.
+P^T and dS^T are operands from registers; dS goes through shared memory, for dq. Where warpgroups EXCHANGE it, each makes
+a part of dq over the keys of both, half of the queries or half of the columns; otherwise each makes the dq of its own
+keys and waits for nobody.
+
+Sums over keys (dq, dphi_q) are added to slabs of 64 queries, which hold their numbers in the order in which the
+warpgroup's threads do (`slabs.py`): stored to shared memory without conflicts of banks, added as one block of memory.
 """
 
 # Gluon is untyped: jitted functions take and return what annotations cannot say.
@@ -27,8 +30,12 @@ from flashbias.attention.hopper.gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from flashbias.attention.hopper.slabs import LINE as _LINE
 from flashbias.attention.hopper.tiles import ROWS, exp2, own_index, place_of, query_tiles, turns_of, unit_of
 from flashbias.attention.triton.primitives import LOG2E
+
+LINE = gl.constexpr(_LINE)
+"""Numbers of a row of a box of slabs."""
 
 
 @jit
@@ -109,61 +116,88 @@ def key_tile_of(unit, num_blocks, pairs, heads, kv_heads, IS_BANDED: gl.constexp
 
 
 @jit
+def _issue_scores(
+    k, v, pk, step, q_smem, do_smem, pq_smem, q_full, HAS_PHI: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr,
+    q_layout: gl.constexpr, do_layout: gl.constexpr, pq_layout: gl.constexpr,
+):  # fmt: skip
+    """S^T / scale and dP^T of a step, in flight."""
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    stage = step % STAGES
+    mbarrier.wait(q_full.index(stage), (step // STAGES) & 1)
+    q = q_smem.index(stage)._reinterpret(q_smem.dtype, [BLOCK_M, BLOCK_D], q_layout)
+    do = do_smem.index(stage)._reinterpret(do_smem.dtype, [BLOCK_M, BLOCK_DV], do_layout)
+    zero = gl.zeros([ROWS, BLOCK_M], gl.float32, s_layout)
+    s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+    if HAS_PHI:
+        pq = pq_smem.index(stage)._reinterpret(pq_smem.dtype, [BLOCK_M, BLOCK_R], pq_layout)
+        s = warpgroup_mma(pk, pq.permute((1, 0)), s, is_async=True)
+    return s, warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@jit
+def _weights(s, lse_smem, start_m, start_n, seqlen_k, shift, left, right, qk_scale, IS_EDGE: gl.constexpr,
+             HAS_TAIL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+             BLOCK_M: gl.constexpr):  # fmt: skip
+    """P^T of a tile, 0 where the band or the end of the keys hides."""
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    columns: gl.constexpr = gl.SliceLayout(0, s_layout)
+    p = exp2(s * qk_scale - lse_smem.load(columns)[None, :])
+    if IS_EDGE or HAS_TAIL:
+        j = start_n + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))[:, None]
+        keep = j < seqlen_k
+        if IS_EDGE:
+            i = start_m + gl.arange(0, BLOCK_M, columns)[None, :]
+            if HAS_RIGHT:
+                keep = keep & (j - i <= shift + right)
+            if HAS_LEFT:
+                keep = keep & (j - i >= shift - left)
+        p = gl.where(keep, p, 0.0)
+    return p
+
+
+@jit
 def _walk(
-    w: gl.constexpr, dk, dv, dphi, step, first, count, turned, f_q, bh, start_n, k, v, pk,
-    q_smem, k_smem, do_smem, pq_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem,
+    w: gl.constexpr, dk, dv, dphi, step, first, count, turned, f_q, bh, slabs, start_n, k_first, v_first, k_turned, pk,
+    q_smem, k_smem, do_smem, pq_smem, pk_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem,
     q_full, q_empty, ds_full, ds_empty, dq_desc, dpq_desc, seqlen_k, shift, left, right, qk_scale,
     IS_EDGE: gl.constexpr, HAS_TAIL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
     HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr, SUM_DPK: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr,
     q_layout: gl.constexpr, k_layout: gl.constexpr, do_layout: gl.constexpr, pq_layout: gl.constexpr,
-    dq_layout: gl.constexpr, dpq_layout: gl.constexpr, FROM_REGISTERS: gl.constexpr, SHARED: gl.constexpr,
-    CONSUMERS: gl.constexpr,
+    pk_layout: gl.constexpr, dq_layout: gl.constexpr, dpq_layout: gl.constexpr,
+    TURNED: gl.constexpr, DQ_COLUMNS: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """Walk over `count` tiles of queries from `first`, the one `turned` steps in at first."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     dv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     dphi_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_G, 16])
-    columns: gl.constexpr = gl.SliceLayout(0, s_layout)
-    DQ_COLUMNS: gl.constexpr = BLOCK_D // CONSUMERS if SHARED else BLOCK_D
     part_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQ_COLUMNS, 16])
-    BEHIND: gl.constexpr = (CONSUMERS if SHARED else 1) + (1 if SUM_DPQ else 0)
-    own = ds_smem.index(w)
+    SHARED: gl.constexpr = DQ_COLUMNS < BLOCK_D
+    PARTS: gl.constexpr = CONSUMERS if SHARED else 1
+    # Where warpgroups have columns of dq each, the first one makes dphi_q.
+    OWN_DPQ: gl.constexpr = SUM_DPQ and (w == 0 or not SHARED)
+    # Products that are issued behind those of dk, dv and dphi.
+    BEHIND: gl.constexpr = PARTS * (2 if OWN_DPQ else 1)
     for n in range(count):
+        tile = turned_tile(first, n, count, turned)
         # Two buffers of dS, so that a warpgroup may be one step ahead of the other.
         half = step & 1
-        if SHARED:
-            own = ds_smem.index(half * CONSUMERS + w)
+        own = ds_smem.index(half * CONSUMERS + w if SHARED else w)
         stage = step % STAGES
-        start_m = turned_tile(first, n, count, turned) * BLOCK_M
-        mbarrier.wait(q_full.index(stage), (step // STAGES) & 1)
         q = q_smem.index(stage)._reinterpret(q_smem.dtype, [BLOCK_M, BLOCK_D], q_layout)
         do = do_smem.index(stage)._reinterpret(do_smem.dtype, [BLOCK_M, BLOCK_DV], do_layout)
-        pq = q
-        zero = gl.zeros([ROWS, BLOCK_M], gl.float32, s_layout)
-        s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
-        if HAS_PHI:
-            pq = pq_smem.index(stage)._reinterpret(pq_smem.dtype, [BLOCK_M, BLOCK_R], pq_layout)
-            s = warpgroup_mma(pk, pq.permute((1, 0)), s, is_async=True)
-        dp = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
-        lse = lse_smem.index(stage).load(columns)
+        s, dp = _issue_scores(k_first, v_first, pk, step, q_smem, do_smem, pq_smem, q_full, HAS_PHI, STAGES,
+                              BLOCK_M, BLOCK_D, BLOCK_DV, BLOCK_R, q_layout, do_layout, pq_layout)  # fmt: skip
         s = warpgroup_mma_wait(1, deps=[s])
-        p = exp2(s * qk_scale - lse[None, :])
-        if IS_EDGE or HAS_TAIL:
-            j = start_n + w * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))[:, None]
-            keep = j < seqlen_k
-            if IS_EDGE:
-                i = start_m + gl.arange(0, BLOCK_M, columns)[None, :]
-                if HAS_RIGHT:
-                    keep = keep & (j - i <= shift + right)
-                if HAS_LEFT:
-                    keep = keep & (j - i >= shift - left)
-            p = gl.where(keep, p, 0.0)
+        p = _weights(s, lse_smem.index(stage), tile * BLOCK_M, start_n + w * ROWS, seqlen_k, shift, left, right, qk_scale,
+                     IS_EDGE, HAS_TAIL, HAS_LEFT, HAS_RIGHT, BLOCK_M)  # fmt: skip
         p16 = gl.convert_layout(p.to(do_smem.dtype), gl.DotOperandLayout(0, dv_layout, 2))
         dv = warpgroup_mma(p16, do, dv, is_async=True)
-        delta = delta_smem.index(stage).load(columns)
         dp = warpgroup_mma_wait(1, deps=[dp])
+        # Read no earlier: registers are short until here.
+        delta = delta_smem.index(stage).load(gl.SliceLayout(0, s_layout))
         ds16 = (p * (dp - delta[None, :])).to(q_smem.dtype)
         if SHARED:
             mbarrier.wait(ds_empty.index(half), ((step >> 1) & 1) ^ 1)
@@ -171,52 +205,59 @@ def _walk(
         fence_async_shared()
         if SHARED:
             mbarrier.arrive(ds_full.index(half))
-        if FROM_REGISTERS:
-            dk = warpgroup_mma(gl.convert_layout(ds16, gl.DotOperandLayout(0, dk_layout, 2)), q, dk, is_async=True)
-        else:
-            dk = warpgroup_mma(own, q, dk, is_async=True)
+        dk = warpgroup_mma(gl.convert_layout(ds16, gl.DotOperandLayout(0, dk_layout, 2)), q, dk, is_async=True)
         if SUM_DPK:
-            lead = pq.slice(0, BLOCK_G, dim=1)
-            if FROM_REGISTERS:
-                dphi = warpgroup_mma(
-                    gl.convert_layout(ds16, gl.DotOperandLayout(0, dphi_layout, 2)), lead, dphi, is_async=True
-                )
-            else:
-                dphi = warpgroup_mma(own, lead, dphi, is_async=True)
-        dq = gl.zeros([BLOCK_M, DQ_COLUMNS], gl.float32, part_layout)
+            pq = pq_smem.index(stage)._reinterpret(pq_smem.dtype, [BLOCK_M, BLOCK_R], pq_layout)
+            dphi = warpgroup_mma(
+                gl.convert_layout(ds16, gl.DotOperandLayout(0, dphi_layout, 2)), pq.slice(0, BLOCK_G, dim=1), dphi,
+                is_async=True,
+            )  # fmt: skip
         if SHARED:
             mbarrier.wait(ds_full.index(half), (step >> 1) & 1)
-            for c in gl.static_range(CONSUMERS):
-                k_c = k_smem.index(c)._reinterpret(k_smem.dtype, [ROWS, BLOCK_D], k_layout)
-                dq = warpgroup_mma(
-                    ds_smem.index(half * CONSUMERS + c).permute((1, 0)), k_c.slice(w * DQ_COLUMNS, DQ_COLUMNS, dim=1),
-                    dq, use_acc=c > 0, is_async=True,
-                )  # fmt: skip
+        if TURNED:
+            dq = warpgroup_mma(k_turned, own, gl.zeros([BLOCK_D, BLOCK_M], gl.float32, s_layout), use_acc=False,
+                               is_async=True)  # fmt: skip
         else:
-            dq = warpgroup_mma(own.permute((1, 0)), k, dq, use_acc=False, is_async=True)
-        if SUM_DPQ:
-            dpq = warpgroup_mma(
-                own.permute((1, 0)), pk.slice(0, BLOCK_G, dim=1),
-                gl.zeros([BLOCK_M, BLOCK_G], gl.float32, dphi_layout), use_acc=False, is_async=True,
-            )  # fmt: skip
+            dq = gl.zeros([BLOCK_M, DQ_COLUMNS], gl.float32, part_layout)
+            for c in gl.static_range(PARTS):
+                ds = ds_smem.index(half * CONSUMERS + c) if SHARED else own
+                k_c = k_smem.index(c if SHARED else w)._reinterpret(k_smem.dtype, [ROWS, BLOCK_D], k_layout)
+                dq = warpgroup_mma(
+                    ds.permute((1, 0)), k_c.slice(w * DQ_COLUMNS % BLOCK_D, DQ_COLUMNS, dim=1), dq, use_acc=c > 0,
+                    is_async=True,
+                )  # fmt: skip
+        if OWN_DPQ:
+            dpq = gl.zeros([BLOCK_M, BLOCK_G], gl.float32, dphi_layout)
+            for c in gl.static_range(PARTS):
+                ds = ds_smem.index(half * CONSUMERS + c) if SHARED else own
+                pk_c = pk_smem.index(c if SHARED else w)._reinterpret(pk_smem.dtype, [ROWS, BLOCK_R], pk_layout)
+                dpq = warpgroup_mma(
+                    ds.permute((1, 0)), pk_c.slice(0, BLOCK_G, dim=1), dpq, use_acc=c > 0, is_async=True
+                )  # fmt: skip
         if SUM_DPK:
             dk, dv, dphi = warpgroup_mma_wait(BEHIND, deps=[dk, dv, dphi])
         else:
             dk, dv = warpgroup_mma_wait(BEHIND, deps=[dk, dv])
         mbarrier.arrive(q_empty.index(stage))
         store_wait(0)
-        if SUM_DPQ:
+        if OWN_DPQ:
             dq, dpq = warpgroup_mma_wait(0, deps=[dq, dpq])
             dpq_smem.index(w)._reinterpret(gl.float32, [BLOCK_M, BLOCK_G], dpq_layout).store(dpq)
         else:
             dq = warpgroup_mma_wait(0, deps=[dq])
         if SHARED:
             mbarrier.arrive(ds_empty.index(half))
-        dq_smem.index(w)._reinterpret(gl.float32, [BLOCK_M, DQ_COLUMNS], dq_layout).store(dq)
+        if TURNED:
+            dq_smem.index(w)._reinterpret(gl.float32, [BLOCK_D, BLOCK_M], dq_layout).store(dq)
+        else:
+            dq_smem.index(w)._reinterpret(gl.float32, [BLOCK_M, DQ_COLUMNS], dq_layout).store(dq)
         fence_async_shared()
-        reduce_add(dq_desc, [bh, start_m, w * DQ_COLUMNS if SHARED else 0], dq_smem.index(w))
-        if SUM_DPQ:
-            reduce_add(dpq_desc, [f_q, start_m, 0], dpq_smem.index(w))
+        row = tile * (BLOCK_M // ROWS)
+        across: gl.constexpr = BLOCK_D // DQ_COLUMNS
+        slab = (bh * slabs + row) * across + w % across
+        reduce_add(dq_desc, [slab * (ROWS * DQ_COLUMNS // LINE), 0], dq_smem.index(w))
+        if OWN_DPQ:
+            reduce_add(dpq_desc, [(f_q * slabs + row) * (ROWS * BLOCK_G // LINE), 0], dpq_smem.index(w))
         step += 1
     return dk, dv, dphi, step
 
@@ -226,18 +267,20 @@ def _consume(
     w: gl.constexpr, dq_desc, dk_desc, dv_desc, dpq_desc, dpk_desc,
     q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, dpk_smem,
     kv_full, kv_empty, q_full, q_empty, ds_full, ds_empty,
-    units, pairs, heads, num_blocks, num_heads, group, seqlen_q, seqlen_k, shift, left, right, scale,
+    units, pairs, heads, num_blocks, num_heads, group, slabs, seqlen_q, seqlen_k, shift, left, right, scale,
     pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_TAIL: gl.constexpr, HAS_PHI: gl.constexpr,
     SUM_DPQ: gl.constexpr, SUM_DPK: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr,
     BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr,
     q_layout: gl.constexpr, k_layout: gl.constexpr, v_layout: gl.constexpr, do_layout: gl.constexpr,
-    pq_layout: gl.constexpr, pk_layout: gl.constexpr, ds_layout: gl.constexpr, dq_layout: gl.constexpr,
-    dpq_layout: gl.constexpr, dpk_layout: gl.constexpr, FROM_REGISTERS: gl.constexpr,
-    SHARED: gl.constexpr, CONSUMERS: gl.constexpr, ALTERNATES: gl.constexpr,
+    pq_layout: gl.constexpr, pk_layout: gl.constexpr, dq_layout: gl.constexpr,
+    dpq_layout: gl.constexpr, dpk_layout: gl.constexpr, HOLDS_KEYS: gl.constexpr, TURNED: gl.constexpr,
+    DQ_COLUMNS: gl.constexpr, CONSUMERS: gl.constexpr, ALTERNATES: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup w: 64 keys of every tile."""
     BLOCK_N: gl.constexpr = ROWS * CONSUMERS
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    turned_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     dv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     dphi_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_G, 16])
@@ -260,6 +303,15 @@ def _consume(
         dphi = gl.zeros([ROWS, BLOCK_G], gl.float32, dphi_layout)
         mbarrier.wait(kv_full, turn & 1)
         begin = step
+        k_first = k
+        v_first = v
+        if HOLDS_KEYS:
+            # First operands from registers: the matrix unit then reads shared memory for the second ones alone.
+            k_first = k.load(gl.DotOperandLayout(0, s_layout, 2))
+            v_first = v.load(gl.DotOperandLayout(0, s_layout, 2))
+        k_turned = k_first
+        if TURNED:
+            k_turned = k.permute((1, 0)).load(gl.DotOperandLayout(0, turned_layout, 2))
         for g in range(group):
             bh = b * num_heads + hk * group + g
             f_q = own_index(bh, pq_s1, pq_v2, pq_s2)
@@ -276,14 +328,14 @@ def _consume(
                 if part == 1 or (part == 0 and HAS_RIGHT) or (part == 2 and HAS_LEFT):
                     dk, dv, dphi, step = _walk(
                         w, dk, dv, dphi, step, first, count, turn_of(block, num_blocks, count, HAS_LEFT or HAS_RIGHT),
-                        f_q, bh, start_n, k, v, pk, q_smem, k_smem, do_smem, pq_smem, ds_smem, lse_smem, delta_smem,
-                        dq_smem, dpq_smem, q_full, q_empty, ds_full, ds_empty, dq_desc, dpq_desc, seqlen_k, shift,
-                        left, right, scale * LOG2E,
+                        f_q, bh, slabs, start_n, k_first, v_first, k_turned, pk, q_smem, k_smem, do_smem, pq_smem, pk_smem,
+                        ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, q_full, q_empty, ds_full, ds_empty, dq_desc,
+                        dpq_desc, seqlen_k, shift, left, right, scale * LOG2E,
                         part != 1, HAS_TAIL, HAS_LEFT, HAS_RIGHT, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_M, BLOCK_D,
-                        BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout, do_layout, pq_layout, dq_layout, dpq_layout,
-                        FROM_REGISTERS, SHARED, CONSUMERS,
+                        BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout, do_layout, pq_layout, pk_layout, dq_layout,
+                        dpq_layout, TURNED, DQ_COLUMNS, CONSUMERS,
                     )  # fmt: skip
-        if SHARED:
+        if DQ_COLUMNS < BLOCK_D:
             # The other warpgroup reads these keys until it has made its last part of dq.
             last = step - 1
             mbarrier.wait(ds_empty.index(last & 1), (last >> 1) & 1, pred=step > begin)
@@ -305,18 +357,19 @@ def _consume(
 
 @jit(
     do_not_specialize=[
-        "units", "pairs", "heads", "num_blocks", "num_heads", "group", "stride_rows", "seqlen_q", "seqlen_k", "shift",
+        "units", "pairs", "heads", "num_blocks", "num_heads", "group", "slabs", "stride_rows", "seqlen_q", "seqlen_k", "shift",
         "left", "right", "pq_s1", "pq_v2", "pq_s2", "pk_s1", "pk_v2", "pk_s2",
     ]
 )  # fmt: skip
 def _bwd_kernel(
     q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, lse_ptr, delta_ptr, dq_desc, dk_desc, dv_desc, dpq_desc,
-    dpk_desc, units, pairs, heads, num_blocks, num_heads, group, stride_rows, seqlen_q, seqlen_k, shift, left, right,
+    dpk_desc, units, pairs, heads, num_blocks, num_heads, group, slabs, stride_rows, seqlen_q, seqlen_k, shift, left, right,
     scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_TAIL: gl.constexpr, HAS_PHI: gl.constexpr,
     SUM_DPQ: gl.constexpr, SUM_DPK: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr,
-    BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr, FROM_REGISTERS: gl.constexpr,
-    SHARED: gl.constexpr, CONSUMERS: gl.constexpr, ALTERNATES: gl.constexpr, REGISTERS: gl.constexpr,
+    BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr,
+    HOLDS_KEYS: gl.constexpr, TURNED: gl.constexpr, DQ_COLUMNS: gl.constexpr, CONSUMERS: gl.constexpr,
+    ALTERNATES: gl.constexpr, REGISTERS: gl.constexpr,
     q_layout: gl.constexpr, k_layout: gl.constexpr, v_layout: gl.constexpr, do_layout: gl.constexpr,
     pq_layout: gl.constexpr, pk_layout: gl.constexpr, ds_layout: gl.constexpr, dq_layout: gl.constexpr,
     dpq_layout: gl.constexpr, dpk_layout: gl.constexpr,
@@ -332,16 +385,15 @@ def _bwd_kernel(
     if HAS_PHI:
         pq_smem = gl.allocate_shared_memory(pq_desc.dtype, [STAGES, 1, BLOCK_M, BLOCK_R], pq_desc.layout)
         pk_smem = gl.allocate_shared_memory(pk_desc.dtype, [CONSUMERS, 1, ROWS, BLOCK_R], pk_desc.layout)
+    SHARED: gl.constexpr = DQ_COLUMNS < BLOCK_D
     ds_smem = gl.allocate_shared_memory(
         q_desc.dtype, [2 * CONSUMERS if SHARED else CONSUMERS, ROWS, BLOCK_M], ds_layout
     )
-    dq_smem = gl.allocate_shared_memory(
-        gl.float32, [CONSUMERS, 1, BLOCK_M, BLOCK_D // CONSUMERS if SHARED else BLOCK_D], dq_desc.layout
-    )
+    dq_smem = gl.allocate_shared_memory(gl.float32, [CONSUMERS, BLOCK_M * DQ_COLUMNS // LINE, LINE], dq_desc.layout)
     dpq_smem = dq_smem
     dpk_smem = dq_smem
     if SUM_DPQ:
-        dpq_smem = gl.allocate_shared_memory(gl.float32, [CONSUMERS, 1, BLOCK_M, BLOCK_G], dpq_desc.layout)
+        dpq_smem = gl.allocate_shared_memory(gl.float32, [CONSUMERS, BLOCK_M * BLOCK_G // LINE, LINE], dpq_desc.layout)
     if SUM_DPK:
         dpk_smem = gl.allocate_shared_memory(gl.float32, [CONSUMERS, 1, ROWS, BLOCK_G], dpk_desc.layout)
     lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], rows_layout)
@@ -367,20 +419,20 @@ def _bwd_kernel(
             [
                 (_consume, (0, dq_desc, dk_desc, dv_desc, dpq_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem,
                             pk_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, dpk_smem, kv_full, kv_empty,
-                            q_full, q_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group,
+                            q_full, q_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, slabs,
                             seqlen_q, seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2,
                             HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_M, BLOCK_D,
                             BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout,
-                            ds_layout, dq_layout, dpq_layout, dpk_layout, FROM_REGISTERS, SHARED, CONSUMERS,
-                            ALTERNATES)),
+                            dq_layout, dpq_layout, dpk_layout, HOLDS_KEYS, TURNED, DQ_COLUMNS,
+                            CONSUMERS, ALTERNATES)),
                 (_consume, (1, dq_desc, dk_desc, dv_desc, dpq_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem,
                             pk_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, dpk_smem, kv_full, kv_empty,
-                            q_full, q_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group,
+                            q_full, q_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, slabs,
                             seqlen_q, seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2,
                             HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_M, BLOCK_D,
                             BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout,
-                            ds_layout, dq_layout, dpq_layout, dpk_layout, FROM_REGISTERS, SHARED, CONSUMERS,
-                            ALTERNATES)),
+                            dq_layout, dpq_layout, dpk_layout, HOLDS_KEYS, TURNED, DQ_COLUMNS,
+                            CONSUMERS, ALTERNATES)),
                 (_produce, (q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, lse_ptr, delta_ptr, q_smem, k_smem,
                             v_smem, do_smem, pq_smem, pk_smem, lse_smem, delta_smem, kv_full, kv_empty, q_full, q_empty,
                             units, pairs, heads, num_blocks, num_heads, group, stride_rows, seqlen_q, shift, left,
@@ -395,28 +447,28 @@ def _bwd_kernel(
             [
                 (_consume, (0, dq_desc, dk_desc, dv_desc, dpq_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem,
                             pk_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, dpk_smem, kv_full, kv_empty,
-                            q_full, q_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group,
+                            q_full, q_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, slabs,
                             seqlen_q, seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2,
                             HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_M, BLOCK_D,
                             BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout,
-                            ds_layout, dq_layout, dpq_layout, dpk_layout, FROM_REGISTERS, SHARED, CONSUMERS,
-                            ALTERNATES)),
+                            dq_layout, dpq_layout, dpk_layout, HOLDS_KEYS, TURNED, DQ_COLUMNS,
+                            CONSUMERS, ALTERNATES)),
                 (_consume, (1, dq_desc, dk_desc, dv_desc, dpq_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem,
                             pk_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, dpk_smem, kv_full, kv_empty,
-                            q_full, q_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group,
+                            q_full, q_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, slabs,
                             seqlen_q, seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2,
                             HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_M, BLOCK_D,
                             BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout,
-                            ds_layout, dq_layout, dpq_layout, dpk_layout, FROM_REGISTERS, SHARED, CONSUMERS,
-                            ALTERNATES)),
+                            dq_layout, dpq_layout, dpk_layout, HOLDS_KEYS, TURNED, DQ_COLUMNS,
+                            CONSUMERS, ALTERNATES)),
                 (_consume, (2, dq_desc, dk_desc, dv_desc, dpq_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem,
                             pk_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, dpk_smem, kv_full, kv_empty,
-                            q_full, q_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group,
+                            q_full, q_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, slabs,
                             seqlen_q, seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2,
                             HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_M, BLOCK_D,
                             BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout,
-                            ds_layout, dq_layout, dpq_layout, dpk_layout, FROM_REGISTERS, SHARED, CONSUMERS,
-                            ALTERNATES)),
+                            dq_layout, dpq_layout, dpk_layout, HOLDS_KEYS, TURNED, DQ_COLUMNS,
+                            CONSUMERS, ALTERNATES)),
                 (_produce, (q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, lse_ptr, delta_ptr, q_smem, k_smem,
                             v_smem, do_smem, pq_smem, pk_smem, lse_smem, delta_smem, kv_full, kv_empty, q_full, q_empty,
                             units, pairs, heads, num_blocks, num_heads, group, stride_rows, seqlen_q, shift, left,

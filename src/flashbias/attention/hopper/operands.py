@@ -21,6 +21,7 @@ __all__ = [
     "HopperOperands",
     "Shape",
     "addressable",
+    "described",
     "descriptor",
     "is_addressable",
     "layout_of",
@@ -155,21 +156,26 @@ def _padding(ranks: tuple[int, ...], width: int, device: torch.device) -> Tensor
 
 def descriptor(x: Tensor, rows: int, columns: int) -> Any:
     """Describe `[..., n, width]` to the copy engine, in boxes of `rows` × `columns`; past the edges it reads zeros."""
-    described = object.__new__(TensorDescriptor)
-    vars(described).update(_described(x.dtype, x.shape, x.stride(), rows, columns), base=x)
-    return described
+    box = (1,) * (x.dim() - 2) + (rows, columns)
+    return described(x, box, layout_of(box, x.dtype))
+
+
+def described(x: Tensor, box: tuple[int, ...], layout: Any) -> Any:
+    """Describe a tensor to the copy engine, in boxes that lie in shared memory as `layout` says."""
+    made = object.__new__(TensorDescriptor)
+    vars(made).update(_described(x.dtype, x.shape, x.stride(), box, layout), base=x)
+    return made
 
 
 @functools.lru_cache(maxsize=1024)
 def _described(
-    dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...], rows: int, columns: int
+    dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...], box: tuple[int, ...], layout: Any
 ) -> dict[str, Any]:
     """Attributes of a descriptor, checked once for all tensors that are alike but for their address."""
-    box = [1] * (len(shape) - 2) + [rows, columns]
     # The step of a dimension of size 1 is never taken, but has to be one that could be.
     steps = [step if size > 1 else ALIGNMENT for size, step in zip(shape[:-1], strides[:-1], strict=True)]
     nowhere = torch.empty(0, dtype=dtype)
-    return vars(TensorDescriptor(nowhere, list(shape), [*steps, 1], box, layout_of(tuple(box), dtype)))
+    return vars(TensorDescriptor(nowhere, list(shape), [*steps, 1], list(box), layout))
 
 
 def addressable(x: Tensor) -> Tensor:
