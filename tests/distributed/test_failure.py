@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from tests.distributed.ranks import Failure, Place, Ranks
 
 import flashbias as fb
@@ -23,10 +25,10 @@ def attend(place: Place, culprit: int, what: str, check: bool) -> None:
     if is_culprit and what == "dies":
         os._exit(1)
     torch.manual_seed(place.rank)
-    q, k, v = torch.randn(3, 2, 6, 4).unbind(0)
+    q, k, v = torch.randn(3, 2, 6, 4, device=place.device).unbind(0)
     q.requires_grad_()
     k.requires_grad_()
-    bias = fb.FactoredBias(torch.randn(2, 6, 2), torch.randn(1, 6, 2))
+    bias = fb.FactoredBias(*(torch.randn(heads, 6, 2, device=place.device) for heads in (2, 1)))
     out = cp.context_parallel_attention(q, k, v, bias, group=place.group, strategy="ring", check=check)
     assert isinstance(out, torch.Tensor)
     if is_culprit and what == "skips the backward pass":
@@ -35,14 +37,20 @@ def attend(place: Place, culprit: int, what: str, check: bool) -> None:
 
 
 def failures(
-    make: Callable[..., Ranks], what: str, check: bool = True, culprit: int = 2, size: int = 3
+    make: Callable[..., Ranks],
+    what: str,
+    check: bool = True,
+    culprit: int = 2,
+    size: int = 3,
+    timeout: float = TIMEOUT,
+    **where: Any,
 ) -> dict[int, cp.RankError]:
     """What the other ranks raise, and that they raise it in time."""
-    ranks = make(size, TIMEOUT)
-    ranks.results(_ready, size=size)
+    ranks = make(size, timeout, **where)
+    ranks.results(meet, size=size)
     start = time.monotonic()
     answers = ranks.call(attend, culprit, what, check, size=size)
-    assert time.monotonic() - start < 10 * TIMEOUT
+    assert time.monotonic() - start < 10 * timeout
     found = {}
     for rank, answer in enumerate(answers):
         if rank != culprit:
@@ -53,8 +61,10 @@ def failures(
     return found
 
 
-def _ready(place: Place) -> int:
-    return place.rank
+def meet(place: Place) -> int:
+    """Make the connections."""
+    dist.all_reduce(count := torch.ones(1, device=place.device), group=place.group)
+    return int(count)
 
 
 def test_a_missing_rank_is_named_by_all(breakable_ranks: Callable[..., Ranks]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -29,6 +30,8 @@ def naming(circle: Circle, peers: tuple[int, ...], step: str) -> Iterator[None]:
     """
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise  # of this rank; no other has to do with it
     except RuntimeError as error:
         who = " and ".join(f"rank {peer}" for peer in peers)
         raise RankError(
