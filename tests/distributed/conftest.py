@@ -25,7 +25,8 @@ def two_gpus() -> None:
 
 @pytest.fixture(scope="session")
 def gpus(two_gpus: None) -> Iterator[Ranks]:
-    pool = Ranks(2, timeout=60.0, backend="nccl")
+    # Ranks are daemons, which may have no processes of their own to compile in.
+    pool = Ranks(2, timeout=60.0, backend="nccl", variables={"TORCHINDUCTOR_COMPILE_THREADS": "1"})
     yield pool
     pool.close()
 

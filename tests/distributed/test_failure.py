@@ -13,6 +13,8 @@ from tests.distributed.ranks import Failure, Place, Ranks
 
 import flashbias as fb
 import flashbias.distributed as cp
+from flashbias.distributed.exchange import Hop
+from flashbias.distributed.topology import Circle
 
 TIMEOUT = 2.5
 """Of the process groups here, in seconds; a dead rank is noticed at once."""
@@ -83,3 +85,27 @@ def test_a_rank_without_a_backward_pass(breakable_ranks: Callable[..., Ranks]) -
     errors = failures(breakable_ranks, "skips the backward pass")
     assert errors[0].peers == (2,)
     assert all("backward" in error.step or "gradients" in error.step for error in errors.values())
+
+
+def one_handle_for_both(place: Place) -> tuple[int, ...]:
+    """As NCCL does: one handle answers for what is sent and what is received."""
+    circle = Circle.of(place.group)
+    message = torch.zeros(16, dtype=torch.uint8)
+    hop = Hop(circle, message, torch.empty_like(message), "test", "a test")
+    hop.wait()
+    hop.works = [Broken()]  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        hop.wait()
+    except cp.RankError as error:
+        return error.peers
+    return ()
+
+
+class Broken:
+    def wait(self) -> None:
+        raise RuntimeError("timed out")
+
+
+def test_two_neighbours_that_are_one_are_named_once(ranks: Ranks) -> None:
+    assert ranks.results(one_handle_for_both, size=2) == [(1,), (0,)]
+    assert ranks.results(one_handle_for_both, size=3)[0] == (1, 2)

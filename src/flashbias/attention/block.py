@@ -15,8 +15,8 @@ Summed over blocks these are the gradients of the whole. Two things differ from 
 - **Rows of dS do not sum to zero within a block**, so centring is seen by dphi_q. Each block's dphi_q is measured from
   a reference that the caller chooses, the same for all blocks of a row.
 
-Implementations: the kernels `hopper` and `triton`, through the operators of `registration.py`, in O(N + M) memory, and
-`reference`, dense scores of some rows at a time, `BLOCK_SCORES` numbers at once, for CPUs. Cost: the forward pass of the
+Implementations: the kernels `hopper` and `triton`, through the operators of `registration.py` in O(N + M) memory, and
+`reference`, dense scores of some rows, `BLOCK_SCORES` numbers at once, for CPUs. Cost: the forward pass of the
 block; backward, that of the block's backward pass, and with kernels its forward pass once more where phi_q needs a
 gradient and the caller chooses another reference than the block's own.
 """
@@ -206,7 +206,7 @@ def block_implementation(call: Call, impl: str = "auto") -> str:
         impl: "auto", or a name to ask about.
 
     Returns:
-        The name. "auto" takes the fastest kernels on GPUs, as `flashbias.attention` does, and "reference" on CPUs and for
+        The name. "auto" takes the fastest kernels on GPUs, as `attention` does, and "reference" on CPUs and for
         what no kernel supports.
 
     Raises:
