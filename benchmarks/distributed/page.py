@@ -130,7 +130,9 @@ def sentences(rows: Sequence[Row], about: Mapping[str, Any]) -> str:
         found = [float(str(r["efficiency"])) for r in long if (r["strategy"], r["order"]) == (strategy, order)]
         if found:
             said.append(f"{title} {min(found):.2f} to {max(found):.2f}")
-    text = "Efficiency is the time of one GPU over the GPUs' number times their time."
+    text = (
+        f"Shared by {summary['gpus']} GPUs. Efficiency is the time of one GPU over the GPUs' number times their time."
+    )
     if said:
         text += f" From 65,536 tokens on it is: {'; '.join(said)}."
     if "link" in summary:
