@@ -131,7 +131,7 @@ def main() -> None:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if has_gpu else torch.device("cpu")
     if has_gpu:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if has_gpu else "gloo")
+    dist.init_process_group("nccl" if has_gpu else "gloo", device_id=device if has_gpu else None)
     spread = train_on_ranks(arguments, device)
     if dist.get_rank() == 0:
         alone = [float("nan")] * len(spread) if arguments.no_comparison else train_alone(arguments, device)

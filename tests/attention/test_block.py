@@ -242,7 +242,7 @@ def test_only_what_is_needed() -> None:
 
 def test_bad_input() -> None:
     call = checked_block(*torch.randn(3, 2, 4, 8))
-    with pytest.raises(ValueError, match="impl must be 'auto', 'triton' or 'reference'"):
+    with pytest.raises(ValueError, match="impl must be 'auto', 'hopper', 'triton' or 'reference'"):
         attention_block(call, "sdpa")
     with pytest.raises(ValueError, match="takes no attn_mask"):
         attention_block(replace(call, attn_mask=torch.ones(4, 4, dtype=torch.bool)))

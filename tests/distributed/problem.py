@@ -159,7 +159,8 @@ def solve(
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
     """One rank's part, through the ranks: its results, and the bytes that it sent."""
     layout = layout_of(case, place.size)
-    leaves = case.leaves(part_of(case, case.tensors(), layout, place.rank))
+    own = part_of(case, case.tensors(), layout, place.rank)
+    leaves = case.leaves({name: x.to(place.device) for name, x in own.items()})
     where: dict[str, Any] = {"group": place.group}
     if mesh_shape is not None:
         where = {"mesh": grid(place, mesh_shape)}
@@ -171,7 +172,12 @@ def solve(
             **where, **case.options,
         )  # fmt: skip
         results = gradients(case, leaves, out, lse)
-    return results, dict(traffic.sent)
+    return {name: x.cpu() for name, x in results.items()}, dict(traffic.sent)
+
+
+def solve_all(place: Place, cases: list[Case], mesh_shape: tuple[int, int] | None = None) -> list[dict[str, Tensor]]:
+    """One rank's parts of several problems, one after the other."""
+    return [solve(place, case, mesh_shape)[0] for case in cases]
 
 
 _meshes: dict[tuple[int, ...], Any] = {}
@@ -183,7 +189,7 @@ def grid(place: Place, shape: tuple[int, ...]) -> Any:
 
     if shape not in _meshes:
         names = ("ring", "heads")[-len(shape) :]
-        _meshes[shape] = DeviceMesh("cpu", torch.arange(place.size).reshape(shape), mesh_dim_names=names)
+        _meshes[shape] = DeviceMesh(place.device.type, torch.arange(place.size).reshape(shape), mesh_dim_names=names)
     return _meshes[shape]
 
 

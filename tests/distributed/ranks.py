@@ -1,4 +1,4 @@
-"""Processes joined by gloo: a test hands them a function and gets what each rank returns.
+"""Processes joined by gloo, or by NCCL with a GPU each: a test hands them a function and gets what each rank returns.
 
 They are started once for all tests of a module, from a server that has loaded torch already.
 """
@@ -26,11 +26,12 @@ PATIENCE = 60.0
 
 @dataclass
 class Place:
-    """Where a function runs: its group, and its rank among `size`."""
+    """Where a function runs: its group, its rank among `size`, and its device."""
 
     group: dist.ProcessGroup
     rank: int
     size: int
+    device: torch.device
 
 
 @dataclass
@@ -47,9 +48,13 @@ class Ranks:
     Args:
         count: how many.
         timeout: of their process groups, in seconds.
+        backend: "gloo", or "nccl" with as many GPUs.
+        variables: of their environment.
     """
 
-    def __init__(self, count: int = 4, timeout: float = 30.0) -> None:
+    def __init__(
+        self, count: int = 4, timeout: float = 30.0, backend: str = "gloo", variables: dict[str, str] | None = None
+    ) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "flashbias.distributed"])
         self.folder = tempfile.TemporaryDirectory()
@@ -58,7 +63,9 @@ class Ranks:
         self.processes = []
         for rank in range(count):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, store, rank, count, timeout), daemon=True)
+            process = context.Process(
+                target=_serve, args=(there, store, rank, count, timeout, backend, variables or {}), daemon=True
+            )
             process.start()
             there.close()
             self.pipes.append(here)
@@ -99,13 +106,18 @@ class Ranks:
         self.folder.cleanup()
 
 
-def _serve(pipe: Connection, store: str, rank: int, count: int, timeout: float) -> None:
+def _serve(
+    pipe: Connection, store: str, rank: int, count: int, timeout: float, backend: str, variables: dict[str, str]
+) -> None:
     torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ |= {"GLOO_SOCKET_IFNAME": "lo"} | variables
+    device, patience = torch.device("cpu"), timedelta(seconds=timeout)
+    if backend == "nccl":
+        torch.cuda.set_device(device := torch.device("cuda", rank))
     dist.init_process_group(
-        "gloo", store=dist.FileStore(store, count), rank=rank, world_size=count, timeout=timedelta(seconds=timeout)
-    )
-    patience = timedelta(seconds=timeout)
+        backend, store=dist.FileStore(store, count), rank=rank, world_size=count, timeout=patience,
+        device_id=device if backend == "nccl" else None,
+    )  # fmt: skip
     groups = {size: dist.new_group(list(range(size)), timeout=patience) for size in SIZES if size <= count}
     while True:
         try:
@@ -114,7 +126,7 @@ def _serve(pipe: Connection, store: str, rank: int, count: int, timeout: float) 
             return
         torch.manual_seed(0)
         try:
-            answer = function(Place(groups[size], rank, size), *args)
+            answer = function(Place(groups[size], rank, size, device), *args)
         except Exception as error:
             answer = Failure(error, traceback.format_exc())
         pipe.send(answer)

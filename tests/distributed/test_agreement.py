@@ -115,7 +115,7 @@ def sized(place: Place, sizes: tuple[int, ...], options: dict[str, Any]) -> None
         ((5, 4, 4), {"strategy": "star"}, "strategy must be one of"),
         ((5, 4, 4), {"order": "striped"}, "order must be one of"),
         ((5, 4, 4), {"table_grad": "mean"}, "table_grad must be one of"),
-        ((5, 4, 4), {"impl": "sdpa"}, "impl must be 'auto', 'triton' or 'reference'"),
+        ((5, 4, 4), {"impl": "sdpa"}, "impl must be 'auto', 'hopper', 'triton' or 'reference'"),
         ((5, 4, 4), {"cu_seqlens": ((0, 12), torch.int32)}, "cu_seqlens must ascend from 0 to"),
         ((5, 4, 4), {"cu_seqlens": ((0, 13), torch.int64)}, "cu_seqlens must be an int32 tensor"),
         ((5, 5, 5), {"check": False, "seqlen": 12}, r"must hold \[4, 4, 4\]"),

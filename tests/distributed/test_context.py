@@ -66,12 +66,12 @@ def spread(model: nn.Module, place: Place, **options: Any) -> dict[str, Tensor]:
     """Loss of all ranks; gradients as the wrapper, or nobody, has added them up."""
     where = {"mesh": grid(place, (2, 2))} if options.pop("is_grid", False) else {"group": place.group}
     with cp.context_parallel(seqlen=N, **where, **options) as shards:
-        position = shards.positions()
-        loss = (model(shards.shard(tokens(), dim=1), position) * position).sum() / N
+        position = shards.positions(place.device)
+        loss = (model(shards.shard(tokens().to(place.device), dim=1), position) * position).sum() / N
         loss.backward()
     assert redirect.target is None
-    return {"loss": loss.detach()} | {
-        name.removeprefix("module.").removeprefix("_orig_mod."): p.grad
+    return {"loss": loss.detach().cpu()} | {
+        name.removeprefix("module.").removeprefix("_orig_mod."): p.grad.cpu()
         for name, p in model.named_parameters()
         if p.grad is not None
     }
@@ -85,7 +85,7 @@ def assert_sum(parts: list[dict[str, Tensor]], depth: int = 2) -> None:
 
 
 def plain(place: Place, is_checkpointed: bool, options: dict[str, Any]) -> dict[str, Tensor]:
-    return spread(Model(is_checkpointed).double(), place, **options)
+    return spread(Model(is_checkpointed).double().to(place.device), place, **options)
 
 
 @pytest.mark.parametrize("is_checkpointed", [False, True], ids=["", "checkpointed"])
@@ -108,15 +108,15 @@ def wrapped(place: Place, wrapper: str) -> dict[str, Tensor]:
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
-    model = Model(is_checkpointed=True).double()
+    model = Model(is_checkpointed=True).double().to(place.device)
     if wrapper == "ddp":
         return spread(DistributedDataParallel(model, process_group=place.group), place, strategy="ring")
-    mesh = DeviceMesh.from_group(place.group, "cpu")
+    mesh = DeviceMesh.from_group(place.group, place.device.type)
     for layer in model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     found = spread(model, place, strategy="ring")
-    return {name: x.full_tensor() if name != "loss" else x for name, x in found.items()}  # type: ignore[attr-defined]
+    return {name: x.full_tensor().cpu() if name != "loss" else x for name, x in found.items()}  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
@@ -129,22 +129,23 @@ def test_wrappers_average_gradients(ranks: Ranks, wrapper: str) -> None:
     torch.testing.assert_close(sum(part["loss"] for part in parts), alone()["loss"])
 
 
-def compiled(place: Place) -> list[dict[str, Tensor]]:
+def compiled(place: Place, backend: str) -> list[dict[str, Tensor]]:
     """In a context, out of it, and once more: the graph breaks at attention, and guards notice the context."""
     torch._dynamo.reset()
-    model = Model(depth=1).double()
-    fast = torch.compile(model, backend="eager")
-    right = model(tokens(), torch.arange(N))
+    model = Model(depth=1).double().to(place.device)
+    fast = torch.compile(model, backend=backend)
+    whole = tokens().to(place.device), torch.arange(N, device=place.device)
+    right = model(*whole)
     results = []
     for _ in range(2):
         model.zero_grad()
         results.append(spread(fast, place, strategy="ring"))
-        torch.testing.assert_close(fast(tokens(), torch.arange(N)), right)
+        torch.testing.assert_close(fast(*whole), right)
     return [{name: x.clone() for name, x in result.items()} for result in results]
 
 
 def test_compiled_model(ranks: Ranks) -> None:
-    for parts in zip(*ranks.results(compiled, size=2), strict=True):
+    for parts in zip(*ranks.results(compiled, "eager", size=2), strict=True):
         assert_sum(list(parts), depth=1)
 
 

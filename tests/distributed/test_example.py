@@ -8,12 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_training_step_over_two_ranks_has_the_loss_of_one_process() -> None:
+def assert_losses_agree(variables: dict[str, str]) -> None:
+    """Two ranks by torchrun have the losses of one process, and they fall."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
     answer = subprocess.run(
         [*command, str(ROOT / "examples" / "context_parallel.py"), "--steps", "2"],
         capture_output=True, text=True, timeout=120, env=environment, cwd=ROOT,
@@ -24,3 +27,12 @@ def test_a_training_step_over_two_ranks_has_the_loss_of_one_process() -> None:
     for spread, alone in losses:
         assert abs(float(spread) - float(alone)) < 1e-4
     assert float(losses[1][0]) < float(losses[0][0])
+
+
+def test_a_training_step_over_two_ranks_has_the_loss_of_one_process() -> None:
+    assert_losses_agree({"CUDA_VISIBLE_DEVICES": ""})
+
+
+@pytest.mark.gpu
+def test_two_gpus_have_the_loss_of_one(two_gpus: None) -> None:
+    assert_losses_agree({})

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from tests.distributed.ranks import Failure, Place, Ranks
 
 import flashbias as fb
 import flashbias.distributed as cp
+from flashbias.distributed.exchange import Hop
+from flashbias.distributed.topology import Circle
 
 TIMEOUT = 2.5
 """Of the process groups here, in seconds; a dead rank is noticed at once."""
@@ -23,10 +27,10 @@ def attend(place: Place, culprit: int, what: str, check: bool) -> None:
     if is_culprit and what == "dies":
         os._exit(1)
     torch.manual_seed(place.rank)
-    q, k, v = torch.randn(3, 2, 6, 4).unbind(0)
+    q, k, v = torch.randn(3, 2, 6, 4, device=place.device).unbind(0)
     q.requires_grad_()
     k.requires_grad_()
-    bias = fb.FactoredBias(torch.randn(2, 6, 2), torch.randn(1, 6, 2))
+    bias = fb.FactoredBias(*(torch.randn(heads, 6, 2, device=place.device) for heads in (2, 1)))
     out = cp.context_parallel_attention(q, k, v, bias, group=place.group, strategy="ring", check=check)
     assert isinstance(out, torch.Tensor)
     if is_culprit and what == "skips the backward pass":
@@ -35,14 +39,20 @@ def attend(place: Place, culprit: int, what: str, check: bool) -> None:
 
 
 def failures(
-    make: Callable[..., Ranks], what: str, check: bool = True, culprit: int = 2, size: int = 3
+    make: Callable[..., Ranks],
+    what: str,
+    check: bool = True,
+    culprit: int = 2,
+    size: int = 3,
+    timeout: float = TIMEOUT,
+    **where: Any,
 ) -> dict[int, cp.RankError]:
     """What the other ranks raise, and that they raise it in time."""
-    ranks = make(size, TIMEOUT)
-    ranks.results(_ready, size=size)
+    ranks = make(size, timeout, **where)
+    ranks.results(meet, size=size)
     start = time.monotonic()
     answers = ranks.call(attend, culprit, what, check, size=size)
-    assert time.monotonic() - start < 10 * TIMEOUT
+    assert time.monotonic() - start < 10 * timeout
     found = {}
     for rank, answer in enumerate(answers):
         if rank != culprit:
@@ -53,8 +63,10 @@ def failures(
     return found
 
 
-def _ready(place: Place) -> int:
-    return place.rank
+def meet(place: Place) -> int:
+    """Make the connections."""
+    dist.all_reduce(count := torch.ones(1, device=place.device), group=place.group)
+    return int(count)
 
 
 def test_a_missing_rank_is_named_by_all(breakable_ranks: Callable[..., Ranks]) -> None:
@@ -73,3 +85,27 @@ def test_a_rank_without_a_backward_pass(breakable_ranks: Callable[..., Ranks]) -
     errors = failures(breakable_ranks, "skips the backward pass")
     assert errors[0].peers == (2,)
     assert all("backward" in error.step or "gradients" in error.step for error in errors.values())
+
+
+def one_handle_for_both(place: Place) -> tuple[int, ...]:
+    """As NCCL does: one handle answers for what is sent and what is received."""
+    circle = Circle.of(place.group)
+    message = torch.zeros(16, dtype=torch.uint8)
+    hop = Hop(circle, message, torch.empty_like(message), "test", "a test")
+    hop.wait()
+    hop.works = [Broken()]  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        hop.wait()
+    except cp.RankError as error:
+        return error.peers
+    return ()
+
+
+class Broken:
+    def wait(self) -> None:
+        raise RuntimeError("timed out")
+
+
+def test_two_neighbours_that_are_one_are_named_once(ranks: Ranks) -> None:
+    assert ranks.results(one_handle_for_both, size=2) == [(1,), (0,)]
+    assert ranks.results(one_handle_for_both, size=3)[0] == (1, 2)

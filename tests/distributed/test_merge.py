@@ -31,6 +31,19 @@ def test_rows_that_see_nothing_stay_zero() -> None:
     assert merged.lse[0].tolist() == [-math.inf, 0.0, 0.0]
 
 
+def test_one_block_of_all_rows_is_taken_as_it_is() -> None:
+    """Where there is one block only, nothing is copied or rounded; blocks that come later do not write to it."""
+    out, lse = torch.randn(2, 3, 4).bfloat16(), torch.randn(2, 3, dtype=torch.float64)
+    merged, before = Merged(torch.zeros(2, 3, 4).bfloat16(), head_dim_v=4), (out.clone(), lse.clone())
+    merged.add(slice(0, 3), out, lse)
+    assert merged.out.data_ptr() == out.data_ptr() and merged.lse.data_ptr() == lse.data_ptr()
+    merged.add(slice(1, 3), out[:, 1:], lse[:, 1:])
+    assert merged.out.dtype == torch.float32
+    torch.testing.assert_close(merged.out, out.float(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(merged.lse[:, 1:], lse[:, 1:] + math.log(2))
+    assert torch.equal(out, before[0]) and torch.equal(lse, before[1])
+
+
 def test_constants_of_rows_do_not_cost_accuracy() -> None:
     """A gauge such as ALiBi's slope * j shifts a row by 2^20; float32 would not resolve by what blocks differ."""
     shift = 2.0**20 + 0.1

@@ -15,10 +15,10 @@ Summed over blocks these are the gradients of the whole. Two things differ from 
 - **Rows of dS do not sum to zero within a block**, so centring is seen by dphi_q. Each block's dphi_q is measured from
   a reference that the caller chooses, the same for all blocks of a row.
 
-Two implementations: `triton`, the operators of `registration.py`, in O(N + M) memory, and `reference`, dense scores of
-some rows at a time, `BLOCK_SCORES` numbers at once, for CPUs. Cost: the forward pass of the block; backward, that of
-the block's backward pass, and with `triton` its forward pass once more where phi_q needs a gradient and the caller
-chooses another reference than the block's own.
+Implementations: the kernels `hopper` and `triton`, through the operators of `registration.py` in O(N + M) memory, and
+`reference`, dense scores of some rows, `BLOCK_SCORES` numbers at once, for CPUs. Cost: the forward pass of the
+block; backward, that of the block's backward pass, and with kernels its forward pass once more where phi_q needs a
+gradient and the caller chooses another reference than the block's own.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from flashbias.attention import packing, registration, triton
+from flashbias.attention import hopper, packing, registration, triton
 from flashbias.attention.api import _checked
 from flashbias.attention.call import Call, lse_dtype, visible
 from flashbias.factored import FactoredBias
@@ -50,6 +50,9 @@ __all__ = [
 BLOCK_SCORES = 1 << 22
 """Scores that `reference` holds at once."""
 
+
+KERNELS = {"hopper": hopper, "triton": triton}
+"""Kernels, fastest first. All centre alike (`packing.py`), so that blocks of one row may go through different ones."""
 
 INPUTS = ("query", "key", "value", "phi_q", "phi_k", "table")
 """What gradients flow to, in the order of the operators."""
@@ -135,7 +138,7 @@ def attention_block(call: Call, impl: str = "auto") -> tuple[Tensor, Tensor]:
     Args:
         call: the block. Its window counts from key 0 against query 0 (`bottom_right` False); a table has codes; a
             packed batch has no leading batch dimension.
-        impl: "auto", "triton" or "reference".
+        impl: "auto", "hopper", "triton" or "reference".
 
     Returns:
         Output `[*batch, H, N, head_dim_v]` in the queries' dtype, and the natural log-sum-exp of the full scores,
@@ -154,9 +157,9 @@ def attention_block(call: Call, impl: str = "auto") -> tuple[Tensor, Tensor]:
         (torch.Size([2, 16, 8]), torch.float64)
     """
     with torch.no_grad():
-        if block_implementation(call, impl) == "triton":
-            out, lse, _ = registration.attention_forward(*registration.operands(call), "triton")
-            return out, _restored(call, lse)
+        if (chosen := block_implementation(call, impl)) in KERNELS:
+            out, lse, _ = registration.attention_forward(*registration.operands(call), _operators(call, chosen))
+            return out, _restored(call, lse, chosen)
         return _join(call, _reference_forward)
 
 
@@ -190,35 +193,40 @@ def attention_block_backward(
         NotImplementedError: as in `attention_block`.
     """
     with torch.no_grad():
-        if block_implementation(call, impl) == "triton":
-            return _kernel_backward(call, dout, lse, delta, needs_grad, reference)
+        if (chosen := block_implementation(call, impl)) in KERNELS:
+            return _kernel_backward(call, dout, lse, delta, needs_grad, reference, chosen)
         return _reference_backward(call, dout, lse, delta, needs_grad, reference)
 
 
 def block_implementation(call: Call, impl: str = "auto") -> str:
-    """Say which implementation attends to a block: "triton" or "reference".
+    """Say which implementation attends to a block: "hopper", "triton" or "reference".
 
     Args:
         call: the block.
         impl: "auto", or a name to ask about.
 
     Returns:
-        The name. "auto" takes kernels on GPUs, and "reference" on CPUs and for what kernels do not support.
+        The name. "auto" takes the fastest kernels on GPUs, as `attention` does, and "reference" on CPUs and for
+        what no kernel supports.
 
     Raises:
         ValueError: an unknown `impl`, or a call that no block can be.
         NotImplementedError: the named implementation cannot do the call.
     """
-    if impl not in ("auto", "triton", "reference"):
-        raise ValueError(f"impl must be 'auto', 'triton' or 'reference' for a block of keys, got {impl!r}")
+    if impl not in ("auto", *KERNELS, "reference"):
+        raise ValueError(f"impl must be 'auto', 'hopper', 'triton' or 'reference' for a block of keys, got {impl!r}")
     if call.attn_mask is not None or call.dropout_p > 0 or call.bottom_right:
         raise ValueError("a block of keys takes no attn_mask, no dropout_p and no causal_alignment='bottom_right'")
     if impl == "reference" or (impl == "auto" and call.query.device.type == "cpu"):
         return "reference"
-    reason = triton.unavailable() or triton.unsupported(call)
-    if reason is not None and impl == "triton":
-        raise NotImplementedError(f"impl='triton' cannot do this block: {reason}; 'reference' would")
-    return "triton" if reason is None else "reference"
+    asked = KERNELS if impl == "auto" else {impl: KERNELS[impl]}
+    reasons = {name: kernels.unavailable() or kernels.unsupported(call) for name, kernels in asked.items()}
+    possible = [name for name, reason in reasons.items() if reason is None]
+    if impl != "auto" and not possible:
+        raise NotImplementedError(f"impl={impl!r} cannot do this block: {reasons[impl]}; 'reference' would")
+    if possible == ["hopper", "triton"] and hopper.is_slower(call):
+        return "triton"
+    return possible[0] if possible else "reference"
 
 
 def row_reference(call: Call, impl: str = "auto") -> Tensor | None:
@@ -248,9 +256,14 @@ def row_reference(call: Call, impl: str = "auto") -> Tensor | None:
 # -------------------------------------------------------------------- through the kernels
 
 
-def _restored(call: Call, lse: Tensor) -> Tensor:
+def _operators(call: Call, impl: str) -> str:
+    """The name under which operators know the kernels: the repeatable ones have one of their own."""
+    return "hopper.repeatable" if impl == "hopper" and call.deterministic else impl
+
+
+def _restored(call: Call, lse: Tensor, impl: str) -> Tensor:
     """The log-sum-exp of the full scores, in float64, from that of centred ones."""
-    return lse.double() + _row_constant(call, "triton")
+    return lse.double() + _row_constant(call, impl)
 
 
 def _row_constant(call: Call, impl: str) -> Tensor | float:
@@ -265,10 +278,16 @@ def _own_columns(bias: FactoredBias) -> Tensor:
 
 
 def _kernel_backward(
-    call: Call, dout: Tensor, lse: Tensor, delta: Tensor, needs_grad: Sequence[bool], reference: Tensor | None
+    call: Call,
+    dout: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    needs_grad: Sequence[bool],
+    reference: Tensor | None,
+    impl: str,
 ) -> BlockGradients:
     """The backward operator, told to measure from `delta` alone: an output of zeros, and `-delta` as `dlse`."""
-    centred_lse = (lse - _row_constant(call, "triton")).float()
+    centred_lse = (lse - _row_constant(call, impl)).float()
     nothing = call.query.new_zeros(call.value.shape[-1]).expand(*call.query.shape[:-1], -1)
     grads = registration.attention_backward(
         dout.to(call.query.dtype).contiguous(),
@@ -277,7 +296,7 @@ def _kernel_backward(
         centred_lse.contiguous(),
         list(needs_grad),
         *registration.operands(call),
-        "triton",
+        _operators(call, impl),
     )
     found = BlockGradients(*(g if need else None for g, need in zip(grads, needs_grad, strict=True)))
     bias = call.bias
@@ -285,18 +304,18 @@ def _kernel_backward(
         return found
     if found.phi_q is not None:
         found.phi_q = found.phi_q.sum_to_size(bias.phi_q.shape)
-        own = row_reference(call, "triton")
+        own = row_reference(call, impl)
         if reference is not None:
             step = -reference if own is None else own - reference
-            found.phi_q += _moved(call, step, _row_sums(call, dout, lse, delta))
+            found.phi_q += _moved(call, step, _row_sums(call, dout, lse, delta, impl))
     if found.phi_k is not None:
         found.phi_k = found.phi_k.sum_to_size(bias.phi_k.shape)
     return found
 
 
-def _row_sums(call: Call, dout: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+def _row_sums(call: Call, dout: Tensor, lse: Tensor, delta: Tensor, impl: str) -> Tensor:
     """`rowsum(dS)` of the block, from its own output: `exp(lse_block - lse) (dout · out_block - delta)`."""
-    out, own_lse = attention_block(call, "triton")
+    out, own_lse = attention_block(call, impl)
     share = torch.where(own_lse == -math.inf, 0.0, (own_lse - lse).exp()).float()
     return share * ((dout.float() * out.float()).sum(-1) - delta)
 

@@ -87,7 +87,7 @@ def context_parallel_attention(
             document may span ranks. Batch dimensions must then be 1 or absent.
         scale: as in `attention`.
         enable_gqa: as in `attention`.
-        impl: of the blocks: "auto", "triton" or "reference".
+        impl: of the blocks: "auto", "hopper", "triton" or "reference".
         deterministic: as in `attention`; also adds a table's gradient in the order of ranks.
         return_lse: also return the log-sum-exp of the full scores.
         table_grad: "summed": the table's gradient is summed over ranks, so each holds all of it. "local": each keeps

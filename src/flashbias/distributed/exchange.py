@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -29,6 +30,8 @@ def naming(circle: Circle, peers: tuple[int, ...], step: str) -> Iterator[None]:
     """
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise  # of this rank; no other has to do with it
     except RuntimeError as error:
         who = " and ".join(f"rank {peer}" for peer in peers)
         raise RankError(
@@ -57,6 +60,11 @@ class Hop:
         record(purpose, message.numel())
         self.works = self._sent_one_by_one() if dist.get_backend(circle.group) == "gloo" else self._sent_together()
 
+    @property
+    def _neighbours(self) -> tuple[int, ...]:
+        """Both, which are one where two ranks make the circle."""
+        return tuple(dict.fromkeys((self.to, self.source)))
+
     def _sent_one_by_one(self) -> list[dist.Work | None]:
         """Where messages need not be grouped: an error at once says whose message it is about."""
         with naming(self.circle, (self.to,), self.step):
@@ -69,7 +77,7 @@ class Hop:
         """NCCL pairs the messages of a group; one after the other they would wait for each other for ever."""
         sending = dist.P2POp(dist.isend, self.message, group=self.circle.group, group_peer=self.to)
         receiving = dist.P2POp(dist.irecv, self.buffer, group=self.circle.group, group_peer=self.source)
-        with naming(self.circle, (self.to, self.source), self.step):
+        with naming(self.circle, self._neighbours, self.step):
             return dist.batch_isend_irecv([sending, receiving])
 
     def wait(self) -> Tensor:
@@ -82,7 +90,8 @@ class Hop:
             RankError: naming the neighbour that did not answer.
         """
         # Some backends answer with one handle for both messages, others with one for each.
-        peers = [(self.to,), (self.source,)] if len(self.works) == 2 else [(self.to, self.source)] * len(self.works)
+        is_for_each = len(self.works) == 2
+        peers = [(self.to,), (self.source,)] if is_for_each else [self._neighbours] * len(self.works)
         for work, peer in reversed(list(zip(self.works, peers, strict=True))):
             with naming(self.circle, peer, self.step):
                 assert work is not None  # only a process outside the group gets none

@@ -1,0 +1,1 @@
+"""Attention over a sequence that is spread over GPUs: time, memory and bytes; see `__main__.py`."""
