@@ -99,13 +99,13 @@ class TestUnsupported:
         assert hopper.unsupported(call(bias=factors(7, ranks=[7, 2]))) is None
 
     @pytest.mark.parametrize("factor_dtype", [torch.float32, torch.bfloat16], ids=str)
-    def test_more_keys_than_one_centre_serves(self, factor_dtype: torch.dtype) -> None:
-        """float32 factors alone are centred."""
+    @pytest.mark.parametrize("rank", [hopper.WIDEST_CENTRED, hopper.WIDEST_CENTRED + 1])
+    def test_more_keys_than_one_centre_serves(self, rank: int, factor_dtype: torch.dtype) -> None:
+        """float32 factors alone are centred, and wide ones beside many keys are left to the portable kernels."""
         for m, is_long in ((packing.TILE_CENTRE_FROM, False), (packing.TILE_CENTRE_FROM + 1, True)):
-            reason = hopper.unsupported(call(m=m, bias=factors(4, m=m, dtype=factor_dtype)))
-            if is_long and factor_dtype == torch.float32:
-                assert str(m) in str(reason)
-                assert str(packing.TILE_CENTRE_FROM) in str(reason)
+            reason = hopper.unsupported(call(m=m, bias=factors(rank, m=m, dtype=factor_dtype)))
+            if is_long and factor_dtype == torch.float32 and rank > hopper.WIDEST_CENTRED:
+                assert f"rank {rank}, more than {hopper.WIDEST_CENTRED}, beside {m} keys" in str(reason)
             else:
                 assert reason is None
 
