@@ -111,6 +111,15 @@ FORWARD_ONLY = [
     Shape("64-centres", head_dim=64, rank=8, n=132_871, factor_dtype=torch.float32),
     Shape("128-centres-causal", head_dim=128, rank=2, n=131_072, factor_dtype=torch.float32, window=(None, 0)),
     Shape("128-centres-float16", head_dim=128, rank=8, n=40_000, factor_dtype=torch.float32, dtype=torch.float16),
+    Shape("256", head_dim=256, n=1000),
+    Shape("256-causal", head_dim=256, n=1024, window=(None, 0)),
+    Shape("256-plain", head_dim=256, n=1000, rank=0),
+    Shape("192-v-128", head_dim=192, head_dim_v=128, n=1000, rank=64),
+    Shape("64-v-256-causal", head_dim=64, head_dim_v=256, n=1000, window=(None, 0)),
+    Shape("256-table-mask", head_dim=256, n=1000, table=99, rank=2, mask=(1, 1, 1, 1000)),
+    Shape("256-wide-factors-tail", head_dim=256, n=200, rank=128),
+    Shape("256-widest-factors", head_dim=256, n=1024, rank=256),
+    Shape("256-centres", head_dim=256, n=40_000, rank=8, factor_dtype=torch.float32),
     Shape("32-mask-of-keys-table", head_dim=32, rank=0, n=512, table=99, mask=(1, 1, 1, 512)),
 ]
 """Calls whose gradients come from the portable kernels."""
@@ -129,6 +138,11 @@ SPILLS = {
     "64-centres": {"12.9": (432, 0), "13.1": (1012, 0)},
     "128-centres-causal": {"12.9": (108, 0), "13.1": (140, 0)},
     "128-centres-float16": {"12.9": (40, 0), "13.1": (180, 0)},
+    "256": {"12.9": (0, 0), "13.1": (8, 0)},
+    "256-causal": {"12.9": (0, 0), "13.1": (108, 0)},
+    "256-table-mask": {"12.9": (20, 0), "13.1": (156, 0)},
+    "256-widest-factors": {"12.9": (4, 0), "13.1": (48, 0)},
+    "256-centres": {"12.9": (20, 0), "13.1": (288, 0)},
 }
 """Bytes of all instructions that spill, (forward, backward), by the release of ptxas; the rest spills nothing.
 

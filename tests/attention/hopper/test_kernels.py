@@ -131,7 +131,7 @@ class TestHopper(AttentionSuite):
         with pytest.raises(NotImplementedError, match=re.escape(reason)):
             problem.attend(self.impl, problem.leaves())
 
-    @pytest.mark.parametrize(("dtype", "least"), [(torch.bfloat16, 59), (torch.float16, 57)], ids=str)
+    @pytest.mark.parametrize(("dtype", "least"), [(torch.bfloat16, 60), (torch.float16, 58)], ids=str)
     def test_most_cases_are_computed(self, dtype: torch.dtype, least: int) -> None:
         problems = (case.stretched(self.stretch).build(dtype, self.device) for case in CASES)
         assert sum(refusal(problem) is None for problem in problems) >= least
@@ -226,7 +226,7 @@ class TestHopper(AttentionSuite):
         for changes, dtype, message in (
             ({}, torch.float32, "float32"),
             ({}, torch.float64, "float64"),
-            ({"head_dim": 136}, torch.bfloat16, "head_dim 136"),
+            ({"head_dim": 264}, torch.bfloat16, "head_dim 264"),
             ({"head_dim_v": 12}, torch.bfloat16, "head_dim_v 12"),
             ({"mask": "matrix"}, torch.bfloat16, "attn_mask that differs"),
         ):
@@ -368,6 +368,47 @@ class TestTablesAndMasks:
     def test_cut_key_ranges(self) -> None:
         """Some parts see no key."""
         case = Case("cut", n=200, m=3000, batch=(1,), heads=1, rank=0, table=33, mask="padding")
+        check(case.build(torch.bfloat16, DEVICE))
+
+
+class TestWideHeads:
+    """More than 128 columns of queries, of values or of both; the output leaves through the buffer of its queries."""
+
+    @pytest.fixture(autouse=True)
+    def _buffers(self, nan_filled_buffers: None) -> None:
+        """NaN in every buffer."""
+
+    @pytest.mark.parametrize("options", [{}, CAUSAL, CAUSAL | {"window": (90, None)}], ids=["full", "causal", "band"])
+    @pytest.mark.parametrize("rank", [0, 4, 40])
+    @pytest.mark.parametrize(
+        ("head_dim", "head_dim_v"),
+        [(256, 256), (136, 136), (192, 128), (200, 16), (64, 256), (128, 192), (16, 160), (256, 64)],
+    )
+    def test_every_width(self, head_dim: int, head_dim_v: int, rank: int, options: dict[str, Any]) -> None:
+        case = Case("wide", n=330, batch=(1,), head_dim=head_dim, head_dim_v=head_dim_v, rank=rank, options=options)
+        for dtype in HALVES.values():
+            check(case.build(dtype, DEVICE))
+
+    @pytest.mark.parametrize("m", [1, 31, 32, 33, 63, 64, 65, 97, 128, 161, 300])
+    @pytest.mark.parametrize("rank", [3, 100])
+    def test_every_end_of_the_keys(self, rank: int, m: int) -> None:
+        """In tiles of 64 and of 32 keys."""
+        case = Case("end", n=130, m=m, head_dim=256, rank=rank, same_dtype=True, batch=(1,), options={"scale": 0.1})
+        check(case.build(torch.bfloat16, DEVICE))
+
+    @pytest.mark.parametrize("options", [{}, CAUSAL], ids=["full", "causal"])
+    def test_programs_take_many_tiles(self, options: dict[str, Any]) -> None:
+        """Each waits until its output has left before the next queries come."""
+        case = Case("many", n=900, batch=(2,), heads=24, head_dim=256, phi_q=(24,), phi_k=(1,), options=options)
+        check(case.build(torch.bfloat16, DEVICE))
+
+    def test_cut_key_ranges(self) -> None:
+        check(Case("cut", n=200, m=2000, batch=(1,), heads=1, head_dim=256).build(torch.bfloat16, DEVICE))
+
+    def test_all_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(packing, "TILE_CENTRE_FROM", packing.CENTRE_TILE)
+        case = Case("all", batch=(3,), heads=4, kv_heads=2, n=330, head_dim=160, head_dim_v=256, rank=5, table=65,
+                    mask="padding", options=CAUSAL)  # fmt: skip
         check(case.build(torch.bfloat16, DEVICE))
 
 

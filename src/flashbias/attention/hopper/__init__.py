@@ -15,9 +15,15 @@ from flashbias.factored import FactoredBias
 
 __all__ = ["is_slower", "run", "unavailable", "unsupported"]
 
-WIDEST_HEAD = 128
+WIDEST_HEAD = 256
 WIDEST_FACTORS = 256
 """Packed columns that fit into shared memory beside keys and values."""
+
+WIDEST_BESIDE_VALUES = 128
+"""Packed columns that fit beside values of more than 128 columns and queries of more than 64, up to 128.
+
+The output of queries narrower than their values has room of its own, that of wider ones leaves through theirs.
+"""
 
 WIDEST_CENTRED = 8
 """Rank of float32 factors up to which offsets of tiles are worked out beside the products; an estimate."""
@@ -92,10 +98,15 @@ def _unsupported_bias(call: Call) -> str | None:
         return f"float32 factors of rank {bias.rank}, more than {WIDEST_CENTRED}, beside {call.seqlen_k} keys"
     if bias.ranks is not None and {bias.phi_q.shape[-3], bias.phi_k.shape[-3]} != {len(bias.ranks)}:
         return "ranks that differ between heads which share a factor"
-    columns = _columns(call)
-    if columns > WIDEST_FACTORS:
-        return f"rank {bias.rank}, which packs into {columns} columns, more than {WIDEST_FACTORS}"
+    columns, widest = _columns(call), _widest_factors(query.shape[-1], call.value.shape[-1])
+    if columns > widest:
+        return f"rank {bias.rank}, which packs into {columns} columns, more than {widest}"
     return None
+
+
+def _widest_factors(head_dim: int, head_dim_v: int) -> int:
+    """Packed columns that fit."""
+    return WIDEST_BESIDE_VALUES if 64 < head_dim <= 128 < head_dim_v else WIDEST_FACTORS
 
 
 def _columns(call: Call) -> int:

@@ -261,7 +261,7 @@ def _consume(
         l_i = gl.convert_layout(l_i, rows)
         q_code = gl.convert_layout(q_code, rows)
         step += 1
-        if O_IN_Q:
+        if O_IN_Q and Q_STAGES > 1:
             # The output of the last turn has left the other buffer, which is free for the queries of the next.
             store_wait(0)
             mbarrier.arrive(q_empty.index(w * Q_STAGES + (turn + 1) % Q_STAGES), pred=turn > 0)
@@ -319,6 +319,9 @@ def _consume(
         else:
             _store_rows(acc, lse, o_desc, o_rows, lse_ptr, b, h, bh, start_m, seqlen_q, BLOCK_DV, O_IN_Q,
                         o_smem_layout, rows)  # fmt: skip
+        if O_IN_Q and Q_STAGES == 1:
+            store_wait(0)
+            mbarrier.arrive(q_empty.index(place))
     store_wait(0)
 
 

@@ -174,7 +174,8 @@ class HopperOperands(Operands):
     @property
     def has_portable_gradients(self) -> bool:
         """Whether the fused backward pass lacks something that the forward pass can do."""
-        return self.table is not None or self.mask is not None or self.is_tile_centred
+        is_wide = max(self.block_d, self.block_dv) > 128
+        return is_wide or self.table is not None or self.mask is not None or self.is_tile_centred
 
     @functools.cached_property
     def columns(self) -> int:
