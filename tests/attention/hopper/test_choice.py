@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +13,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import flashbias as fb
 from flashbias.attention import hopper, packing, sdpa, triton
 from flashbias.attention.call import Call, VarlenLayout
+from flashbias.attention.hopper.configs import SHARED_MEMORY, forward_bytes, forward_config
 
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+WIDTHS = (16, 32, 64, 128, 256)
+"""Columns in which heads are held."""
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> torch.Tensor:
@@ -48,6 +54,9 @@ class TestUnsupported:
             {"dtype": torch.float16},
             {"head_dim": 8},
             {"head_dim": 128, "head_dim_v": 40},
+            {"head_dim": 256},
+            {"head_dim": 136, "head_dim_v": 8},
+            {"head_dim": 64, "head_dim_v": 200},
             {"n": 17, "m": 1},
             {"m": 100_000},
             {"window_left": 3, "window_right": 0, "bottom_right": True},
@@ -68,9 +77,10 @@ class TestUnsupported:
             ({"dtype": torch.float32}, "dtype torch.float32"),
             ({"dtype": torch.float64}, "dtype torch.float64"),
             ({"device": "cpu"}, "tensors are on cpu"),
-            ({"head_dim": 136}, "head_dim 136"),
+            ({"head_dim": 264}, "head_dim 264"),
             ({"head_dim": 20}, "head_dim 20"),
-            ({"head_dim_v": 256}, "head_dim_v 256"),
+            ({"head_dim": 132}, "head_dim 132"),
+            ({"head_dim_v": 264}, "head_dim_v 264"),
             ({"head_dim_v": 12}, "head_dim_v 12"),
             ({"varlen": True}, "packed batches"),
             ({"attn_mask": True}, "attn_mask that differs between queries"),
@@ -99,13 +109,13 @@ class TestUnsupported:
         assert hopper.unsupported(call(bias=factors(7, ranks=[7, 2]))) is None
 
     @pytest.mark.parametrize("factor_dtype", [torch.float32, torch.bfloat16], ids=str)
-    def test_more_keys_than_one_centre_serves(self, factor_dtype: torch.dtype) -> None:
-        """float32 factors alone are centred."""
+    @pytest.mark.parametrize("rank", [hopper.WIDEST_CENTRED, hopper.WIDEST_CENTRED + 1])
+    def test_more_keys_than_one_centre_serves(self, rank: int, factor_dtype: torch.dtype) -> None:
+        """float32 factors alone are centred, and wide ones beside many keys are left to the portable kernels."""
         for m, is_long in ((packing.TILE_CENTRE_FROM, False), (packing.TILE_CENTRE_FROM + 1, True)):
-            reason = hopper.unsupported(call(m=m, bias=factors(4, m=m, dtype=factor_dtype)))
-            if is_long and factor_dtype == torch.float32:
-                assert str(m) in str(reason)
-                assert str(packing.TILE_CENTRE_FROM) in str(reason)
+            reason = hopper.unsupported(call(m=m, bias=factors(rank, m=m, dtype=factor_dtype)))
+            if is_long and factor_dtype == torch.float32 and rank > hopper.WIDEST_CENTRED:
+                assert f"rank {rank}, more than {hopper.WIDEST_CENTRED}, beside {m} keys" in str(reason)
             else:
                 assert reason is None
 
@@ -118,6 +128,22 @@ class TestUnsupported:
         reason = str(hopper.unsupported(call(bias=factors(rank, dtype=dtype), scale=scale)))
         assert f"rank {rank}" in reason
         assert "512 columns, more than 256" in reason
+
+    @pytest.mark.parametrize("has_table", [False, True])
+    def test_every_width_that_is_taken_fits(self, has_table: bool) -> None:
+        """Into shared memory; what is refused does not."""
+        table = empty(2, 9) if has_table else None
+        for head_dim, head_dim_v, rank in itertools.product(WIDTHS, WIDTHS, (16, 32, 64, 128, 256)):
+            bias = fb.FactoredBias(empty(2, 64, rank), empty(2, 64, rank), table)
+            refusal = hopper.unsupported(call(head_dim=head_dim, head_dim_v=head_dim_v, bias=bias))
+            sizes = head_dim, head_dim_v, rank, has_table
+            if refusal is None:
+                config = forward_config(*sizes)
+                assert forward_bytes(config, *sizes[:3]) <= SHARED_MEMORY
+            else:
+                assert f"rank {rank}" in refusal
+                with pytest.raises(ValueError, match="do not fit"):
+                    forward_config(*sizes)
 
 
 class TestChoice:

@@ -66,6 +66,7 @@ class Shape:
     table: int = 0  # entries
     codes: bool = False
     mask: tuple[int, ...] = ()
+    factor_dtype: torch.dtype | None = None  # that of the queries
 
     def __str__(self) -> str:
         return self.name
@@ -73,12 +74,12 @@ class Shape:
     def call(self) -> Call:
         """Tensors without storage."""
 
-        def empty(*shape: int) -> torch.Tensor:
-            return torch.empty(*shape, dtype=self.dtype, device="meta")
+        def empty(*shape: int, dtype: torch.dtype = self.dtype) -> torch.Tensor:
+            return torch.empty(*shape, dtype=dtype, device="meta")
 
         dv = self.head_dim_v or self.head_dim
         query, key, value = (empty(1, 4, self.n, width) for width in (self.head_dim, self.head_dim, dv))
-        phi_q, phi_k = (empty(4, self.n, self.rank) for _ in range(2))
+        phi_q, phi_k = (empty(4, self.n, self.rank, dtype=self.factor_dtype or self.dtype) for _ in range(2))
         table = torch.empty(4, self.table, device="meta") if self.table else None
         codes = [torch.empty(self.n, dtype=torch.int32, device="meta")] * 2 if self.codes else [None, None]
         bias = fb.FactoredBias(phi_q, phi_k, table, *codes) if self.rank or self.table else None
@@ -104,6 +105,21 @@ FORWARD_ONLY = [
     Shape("64-table-causal", head_dim=64, rank=0, n=1024, table=257, window=(None, 0)),
     Shape("128-table-codes-factors", head_dim=128, rank=4, n=500, table=99, codes=True),
     Shape("64-mask-of-keys", head_dim=64, n=512, mask=(1, 1, 1, 512)),
+    Shape("16-centres", head_dim=16, rank=5, n=40_000, factor_dtype=torch.float32),
+    Shape("32-centres", head_dim=32, rank=5, n=40_000, factor_dtype=torch.float32),
+    Shape("64-centres-causal", head_dim=64, rank=1, n=131_072, factor_dtype=torch.float32, window=(None, 0)),
+    Shape("64-centres", head_dim=64, rank=8, n=132_871, factor_dtype=torch.float32),
+    Shape("128-centres-causal", head_dim=128, rank=2, n=131_072, factor_dtype=torch.float32, window=(None, 0)),
+    Shape("128-centres-float16", head_dim=128, rank=8, n=40_000, factor_dtype=torch.float32, dtype=torch.float16),
+    Shape("256", head_dim=256, n=1000),
+    Shape("256-causal", head_dim=256, n=1024, window=(None, 0)),
+    Shape("256-plain", head_dim=256, n=1000, rank=0),
+    Shape("192-v-128", head_dim=192, head_dim_v=128, n=1000, rank=64),
+    Shape("64-v-256-causal", head_dim=64, head_dim_v=256, n=1000, window=(None, 0)),
+    Shape("256-table-mask", head_dim=256, n=1000, table=99, rank=2, mask=(1, 1, 1, 1000)),
+    Shape("256-wide-factors-tail", head_dim=256, n=200, rank=128),
+    Shape("256-widest-factors", head_dim=256, n=1024, rank=256),
+    Shape("256-centres", head_dim=256, n=40_000, rank=8, factor_dtype=torch.float32),
     Shape("32-mask-of-keys-table", head_dim=32, rank=0, n=512, table=99, mask=(1, 1, 1, 512)),
 ]
 """Calls whose gradients come from the portable kernels."""
@@ -116,6 +132,17 @@ SPILLS = {
     "128": {"12.9": (0, 460), "13.1": (0, 892)},
     "64-mask-of-keys": {"12.9": (400, 0), "13.1": (400, 0)},
     "64-v-128-causal-frozen": {"12.9": (0, 112), "13.1": (0, 456)},
+    "16-centres": {"12.9": (32, 0), "13.1": (192, 0)},
+    "32-centres": {"12.9": (56, 0), "13.1": (292, 0)},
+    "64-centres-causal": {"12.9": (256, 0), "13.1": (880, 0)},
+    "64-centres": {"12.9": (432, 0), "13.1": (1012, 0)},
+    "128-centres-causal": {"12.9": (108, 0), "13.1": (140, 0)},
+    "128-centres-float16": {"12.9": (40, 0), "13.1": (180, 0)},
+    "256": {"12.9": (0, 0), "13.1": (8, 0)},
+    "256-causal": {"12.9": (0, 0), "13.1": (108, 0)},
+    "256-table-mask": {"12.9": (20, 0), "13.1": (156, 0)},
+    "256-widest-factors": {"12.9": (4, 0), "13.1": (48, 0)},
+    "256-centres": {"12.9": (20, 0), "13.1": (288, 0)},
 }
 """Bytes of all instructions that spill, (forward, backward), by the release of ptxas; the rest spills nothing.
 
@@ -245,8 +272,8 @@ def forward_products(ops: HopperOperands, config: Config) -> int:
     last P V behind it.
     """
     scores = (ops.block_d + ops.columns) // STEP
-    banded = ops.window_left >= 0 or ops.window_right >= 0
-    tail = 0 if banded else tail_of(config, ops.seqlen_k)
+    is_whole = ops.shape.is_banded or ops.is_tile_centred
+    tail = 0 if is_whole else tail_of(config, ops.seqlen_k)
     weighted = 2 * config.block_n + tail
     return config.consumers * ((3 if tail else 2) * scores + weighted // STEP)
 

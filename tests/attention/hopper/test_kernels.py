@@ -23,8 +23,10 @@ from tests.attention.oracle import (
 )
 from tests.attention.problem import LEAVES, Case, Problem
 from tests.attention.suite import AttentionSuite
+from tests.attention.triton import test_long as far
 
 import flashbias as fb
+from flashbias.attention import packing
 
 pytest.importorskip("triton.experimental.gluon", reason="this release of triton has no Gluon")
 
@@ -129,7 +131,7 @@ class TestHopper(AttentionSuite):
         with pytest.raises(NotImplementedError, match=re.escape(reason)):
             problem.attend(self.impl, problem.leaves())
 
-    @pytest.mark.parametrize(("dtype", "least"), [(torch.bfloat16, 59), (torch.float16, 57)], ids=str)
+    @pytest.mark.parametrize(("dtype", "least"), [(torch.bfloat16, 60), (torch.float16, 58)], ids=str)
     def test_most_cases_are_computed(self, dtype: torch.dtype, least: int) -> None:
         problems = (case.stretched(self.stretch).build(dtype, self.device) for case in CASES)
         assert sum(refusal(problem) is None for problem in problems) >= least
@@ -224,7 +226,7 @@ class TestHopper(AttentionSuite):
         for changes, dtype, message in (
             ({}, torch.float32, "float32"),
             ({}, torch.float64, "float64"),
-            ({"head_dim": 136}, torch.bfloat16, "head_dim 136"),
+            ({"head_dim": 264}, torch.bfloat16, "head_dim 264"),
             ({"head_dim_v": 12}, torch.bfloat16, "head_dim_v 12"),
             ({"mask": "matrix"}, torch.bfloat16, "attn_mask that differs"),
         ):
@@ -367,6 +369,152 @@ class TestTablesAndMasks:
         """Some parts see no key."""
         case = Case("cut", n=200, m=3000, batch=(1,), heads=1, rank=0, table=33, mask="padding")
         check(case.build(torch.bfloat16, DEVICE))
+
+
+class TestWideHeads:
+    """More than 128 columns of queries, of values or of both; the output leaves through the buffer of its queries."""
+
+    @pytest.fixture(autouse=True)
+    def _buffers(self, nan_filled_buffers: None) -> None:
+        """NaN in every buffer."""
+
+    @pytest.mark.parametrize("options", [{}, CAUSAL, CAUSAL | {"window": (90, None)}], ids=["full", "causal", "band"])
+    @pytest.mark.parametrize("rank", [0, 4, 40])
+    @pytest.mark.parametrize(
+        ("head_dim", "head_dim_v"),
+        [(256, 256), (136, 136), (192, 128), (200, 16), (64, 256), (128, 192), (16, 160), (256, 64)],
+    )
+    def test_every_width(self, head_dim: int, head_dim_v: int, rank: int, options: dict[str, Any]) -> None:
+        case = Case("wide", n=330, batch=(1,), head_dim=head_dim, head_dim_v=head_dim_v, rank=rank, options=options)
+        for dtype in HALVES.values():
+            check(case.build(dtype, DEVICE))
+
+    @pytest.mark.parametrize("m", [1, 31, 32, 33, 63, 64, 65, 97, 128, 161, 300])
+    @pytest.mark.parametrize("rank", [3, 100])
+    def test_every_end_of_the_keys(self, rank: int, m: int) -> None:
+        """In tiles of 64 and of 32 keys."""
+        case = Case("end", n=130, m=m, head_dim=256, rank=rank, same_dtype=True, batch=(1,), options={"scale": 0.1})
+        check(case.build(torch.bfloat16, DEVICE))
+
+    @pytest.mark.parametrize("options", [{}, CAUSAL], ids=["full", "causal"])
+    def test_programs_take_many_tiles(self, options: dict[str, Any]) -> None:
+        """Each waits until its output has left before the next queries come."""
+        case = Case("many", n=900, batch=(2,), heads=24, head_dim=256, phi_q=(24,), phi_k=(1,), options=options)
+        check(case.build(torch.bfloat16, DEVICE))
+
+    def test_cut_key_ranges(self) -> None:
+        check(Case("cut", n=200, m=2000, batch=(1,), heads=1, head_dim=256).build(torch.bfloat16, DEVICE))
+
+    def test_all_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(packing, "TILE_CENTRE_FROM", packing.CENTRE_TILE)
+        case = Case("all", batch=(3,), heads=4, kv_heads=2, n=330, head_dim=160, head_dim_v=256, rank=5, table=65,
+                    mask="padding", options=CAUSAL)  # fmt: skip
+        check(case.build(torch.bfloat16, DEVICE))
+
+
+class TestCentresByTile:
+    """What more than 32,768 keys beside float32 factors do: on fewer keys with the oracle, on many for some rows."""
+
+    @pytest.fixture(autouse=True)
+    def _buffers(self, nan_filled_buffers: None) -> None:
+        """NaN in every buffer."""
+
+    @pytest.fixture
+    def few(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Centres go by tile from 129 keys on."""
+        monkeypatch.setattr(packing, "TILE_CENTRE_FROM", packing.CENTRE_TILE)
+
+    @staticmethod
+    def alibi(case: Case, dtype: torch.dtype = torch.bfloat16) -> Problem:
+        """Positions as factors, so that scores lie far apart from tile to tile; more columns are random."""
+        problem = case.build(dtype, DEVICE)
+        for name, length, slope in (("phi_q", case.n, -0.3), ("phi_k", case.seqlen_k, 1.0)):
+            phi = problem.tensors[name]
+            position = torch.arange(float(length), device=DEVICE)
+            phi[..., 0] = slope if name == "phi_q" else -position
+            if case.rank > 1:
+                phi[..., 1] = slope * position if name == "phi_q" else 1.0
+        return problem
+
+    @pytest.mark.parametrize("options", [{}, CAUSAL, CAUSAL | {"window": (200, None)}], ids=["full", "causal", "band"])
+    @pytest.mark.parametrize("rank", [1, 2, 5, 8])
+    @pytest.mark.parametrize("head_dim", [16, 32, 64, 128])
+    def test_every_width(self, head_dim: int, rank: int, options: dict[str, Any], few: None) -> None:
+        check(self.alibi(Case("alibi", n=450, head_dim=head_dim, rank=rank, batch=(1,), options=options)))
+
+    @pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES)
+    @pytest.mark.parametrize(("n", "m"), [(100, 129), (193, 700), (700, 193), (129, 1027)])
+    @pytest.mark.parametrize("options", [{}, BOTTOM_RIGHT], ids=["full", "causal"])
+    def test_lengths_that_differ(self, n: int, m: int, options: dict[str, Any], dtype: torch.dtype, few: None) -> None:
+        """The tile opposite to a query may lie outside the keys."""
+        check(self.alibi(Case("lengths", n=n, m=m, head_dim=64, rank=3, options=options), dtype))
+
+    @pytest.mark.parametrize("head_dim", [16, 64, 128])
+    def test_cut_key_ranges(self, head_dim: int, few: None) -> None:
+        check(self.alibi(Case("cut", n=200, m=3000, batch=(1,), heads=1, head_dim=head_dim, rank=2)))
+
+    @pytest.mark.parametrize("phi_k", [(2, 1), (1, 1), (1, 4), (2, 4)], ids=str)
+    def test_shared_factors_and_grouped_queries(self, phi_k: tuple[int, int], few: None) -> None:
+        case = Case("gqa", n=260, m=300, heads=4, kv_heads=2, phi_q=(2, 4), phi_k=phi_k, options=BOTTOM_RIGHT)
+        check(case.build(torch.bfloat16, DEVICE))
+
+    @pytest.mark.parametrize("options", [{}, CAUSAL], ids=["full", "causal"])
+    def test_beside_a_table_and_a_mask(self, options: dict[str, Any], few: None) -> None:
+        case = Case("all", batch=(3,), n=330, head_dim=64, rank=5, table=65, mask="padding", options=options)
+        check(case.build(torch.bfloat16, DEVICE))
+
+    def test_ranks_of_heads(self, few: None) -> None:
+        case = Case("ranks", n=300, heads=3, batch=(1,), rank=7, ranks=(0, 7, 3), head_dim=64)
+        check(case.build(torch.bfloat16, DEVICE))
+
+    def test_one_row_for_all_queries_and_rows_of_columns(self, few: None) -> None:
+        problem = Case("strides", n=300, heads=2, rank=3, head_dim=64).build(torch.bfloat16, DEVICE)
+        phi_q, phi_k = problem.tensors["phi_q"], problem.tensors["phi_k"]
+        problem.tensors["phi_q"] = phi_q[:, :, :1].expand_as(phi_q)
+        problem.tensors["phi_k"] = phi_k.mT.contiguous().mT
+        leaves = problem.leaves(("query", "key", "value", "phi_k"))
+        out, lse = problem.attend("hopper", leaves, return_lse=True)
+        assert_close_to_oracle(problem, differentiate(problem, leaves, out, lse, with_dlse=True), with_dlse=True)
+
+    @pytest.mark.parametrize(("n", "head_dim"), [(packing.TILE_CENTRE_FROM + 77, 128), (131_072, 64), (2**20, 64)])
+    @pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES)
+    def test_alibi_at_long_range(self, n: int, head_dim: int, dtype: torch.dtype) -> None:
+        q, k, v = (torch.randn(1, 2, n, head_dim, device=DEVICE, dtype=dtype) for _ in range(3))
+        bias = far.alibi(n, [0.7071067 if dtype == torch.bfloat16 else 0.05, 0.001])
+        out, lse = fb.attention(q, k, v, bias, is_causal=True, impl="hopper", return_lse=True)
+        rows = torch.tensor([0, 1, 127, 128, n // 2, n - 2, n - 1], device=DEVICE)
+        far.assert_rows_close(out, q, k, v, bias, rows, causal=True)
+        self.assert_lse_close(lse, q, k, bias, rows, is_causal=True)
+
+    @pytest.mark.parametrize("n", [40_000, 132_871])
+    def test_a_mesh(self, n: int) -> None:
+        """Distances between points of a box, of rank 5."""
+        q, k, v = (torch.randn(1, 2, n, 16, device=DEVICE, dtype=torch.bfloat16) for _ in range(3))
+        points = torch.rand(n, 3, device=DEVICE) * torch.tensor([5.0, 2.0, 1.5], device=DEVICE)
+        bias = fb.SquaredDistance(num_heads=2)(points, points, weight=torch.tensor([1.0, 30.0], device=DEVICE))
+        out, lse = fb.attention(q, k, v, bias, impl="hopper", return_lse=True)
+        rows = torch.arange(0, n, n // 9, device=DEVICE)
+        far.assert_rows_close(out, q, k, v, bias, rows, causal=False)
+        self.assert_lse_close(lse, q, k, bias, rows, is_causal=False)
+
+    @staticmethod
+    def assert_lse_close(
+        lse: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        bias: fb.FactoredBias,
+        rows: torch.Tensor,
+        *,
+        is_causal: bool,
+    ) -> None:
+        """Within what float32 resolves of the largest bias of a row, with the constant put back."""
+        bias_rows = bias.phi_q[..., rows, :].double() @ bias.phi_k.double().mT
+        scores = q[..., rows, :].double() @ k.double().mT * q.shape[-1] ** -0.5 + bias_rows
+        if is_causal:
+            scores = scores.masked_fill(torch.arange(k.shape[-2], device=DEVICE) > rows[:, None], -torch.inf)
+        error = (lse[..., rows].double() - scores.logsumexp(-1)).abs()
+        size = (bias.phi_q[..., rows, :].double().abs() @ bias.phi_k.double().abs().mT).amax(-1)
+        assert (error <= 1e-3 + 4 * UNIT_ROUNDOFF[torch.float32] * size).all(), error.max()
 
 
 # -------------------------------------------------------------------- random shapes

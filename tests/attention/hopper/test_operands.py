@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from tests.conftest import INTERPRETED
 
 import flashbias as fb
-from flashbias.attention import registration
+from flashbias.attention import packing, registration
 from flashbias.attention.call import Call
 
 pytest.importorskip("triton")
@@ -118,6 +119,54 @@ def test_tensors_that_are_alike_have_descriptors_of_their_own() -> None:
     assert {**vars(first), "base": None} == {**vars(checked), "base": None}
     assert first.block_shape == second.block_shape == [1, 1, 16, 32]
     assert other.block_shape == [1, 1, 32, 32]
+
+
+class TestCentring:
+    """Scores of centred factors, with the offsets that the kernel adds and what a row lost, are the bias."""
+
+    @pytest.mark.parametrize(("n", "m"), [(300, 700), (700, 300), (64, 129)], ids=str)
+    @pytest.mark.parametrize("lead", [(HEADS,), (1,), (BATCH, 1)], ids=str)
+    def test_offsets(
+        self, lead: tuple[int, ...], n: int, m: int, descriptors: list[Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(packing, "TILE_CENTRE_FROM", 128)
+        query, key = torch.zeros(BATCH, HEADS, n, D).bfloat16(), torch.zeros(BATCH, HEADS, m, D).bfloat16()
+        # Of a factor that is the same for all queries one row is stored.
+        phi_q = torch.randn(*lead, 1, 3).expand(*lead, n, 3) if n == 64 else torch.randn(*lead, 3, n).mT
+        bias = fb.FactoredBias(phi_q, 100 * torch.randn(HEADS, m, 3))
+        call = Call(
+            query, key, key, bias, None, None, None, bottom_right=False, scale=0.5, dropout_p=0.0, deterministic=False,
+            return_lse=True,
+        )  # fmt: skip
+        ops = HopperOperands.of(*registration.operands(call))
+        assert ops.shape.centred_rank == 3
+        assert ops.has_portable_gradients
+        stride_f, stride_n, stride_r, stride_c, references = ops.centring.sizes
+        assert ops.centring.phi_q is not None
+        assert ops.centring.centres is not None
+        flat_q, flat_c = (x.as_strided((x.untyped_storage().nbytes() // 4,), (1,), 0) for x in
+                          (ops.centring.phi_q, ops.centring.centres))  # fmt: skip
+        tile = packing.CENTRE_TILE
+        for bh, (start_m, start_n) in itertools.product(
+            range(BATCH * HEADS), itertools.product(range(0, n, 64), range(0, m, 32))
+        ):
+            f_q, f_k = (own_index(bh, *sharing.sizes) for sharing in (ops.sharing_q, ops.sharing_k))
+            rows, keys = torch.arange(64).clamp(max=n - 1 - start_m), torch.arange(start_n, min(start_n + 32, m))
+            r = torch.arange(3)
+            own_q = flat_q[f_q * stride_f + start_m * stride_n + rows[:, None] * stride_n + r * stride_r].double()
+            own_c = flat_c[f_k * stride_c + start_n // tile * 3 + r].double()
+            reference = flat_c[f_k * stride_c + (references + min(start_m, n - 1) // tile) * 3 + r].double()
+            dense = bias.dense().double().expand(BATCH, HEADS, n, m).flatten(0, 1)[bh]
+            lost = packing.row_constant(bias, tiled=True).double().expand(BATCH, HEADS, n).flatten(0, 1)[bh]
+            phi_k = bias.phi_k.expand(BATCH, HEADS, m, 3).flatten(0, 1)[bh]
+            made = own_q @ (phi_k[keys].double() - own_c).mT + own_q @ (own_c - reference)[:, None]
+            i = start_m + rows
+            torch.testing.assert_close(made + lost[i, None], dense[i[:, None], keys], atol=1e-3, rtol=1e-5)
+
+
+def own_index(bh: int, s1: int, v2: int, s2: int) -> int:
+    """By the arithmetic of the kernel."""
+    return bh // (s1 * v2 * s2) * v2 + bh // s2 % v2
 
 
 class TestRanks:

@@ -15,12 +15,18 @@ from flashbias.factored import FactoredBias
 
 __all__ = ["is_slower", "run", "unavailable", "unsupported"]
 
-WIDEST_HEAD = 128
+WIDEST_HEAD = 256
 WIDEST_FACTORS = 256
 """Packed columns that fit into shared memory beside keys and values."""
 
-LONGEST = packing.TILE_CENTRE_FROM
-"""Keys up to which float32 factors have one centre."""
+WIDEST_BESIDE_VALUES = 128
+"""Packed columns that fit beside values of more than 128 columns and queries of more than 64, up to 128.
+
+The output of queries narrower than their values has room of its own, that of wider ones leaves through theirs.
+"""
+
+WIDEST_CENTRED = 8
+"""Rank of float32 factors up to which offsets of tiles are worked out beside the products; an estimate."""
 
 UNEVEN = 2
 """Times the mean rank of the heads that the largest is, from which on heads are not all given the largest."""
@@ -87,14 +93,20 @@ def unsupported(call: Call) -> str | None:
 def _unsupported_bias(call: Call) -> str | None:
     bias, query = call.bias, call.query
     assert bias is not None
-    if packing.is_packed(bias.phi_q, bias.phi_k, query.dtype) and call.seqlen_k > LONGEST:
-        return f"{call.seqlen_k} keys beside float32 factors, more than {LONGEST}"
+    is_packed = packing.is_packed(bias.phi_q, bias.phi_k, query.dtype)
+    if is_packed and bias.rank > WIDEST_CENTRED and packing.is_tile_centred(call.seqlen_k, query.dtype):
+        return f"float32 factors of rank {bias.rank}, more than {WIDEST_CENTRED}, beside {call.seqlen_k} keys"
     if bias.ranks is not None and {bias.phi_q.shape[-3], bias.phi_k.shape[-3]} != {len(bias.ranks)}:
         return "ranks that differ between heads which share a factor"
-    columns = _columns(call)
-    if columns > WIDEST_FACTORS:
-        return f"rank {bias.rank}, which packs into {columns} columns, more than {WIDEST_FACTORS}"
+    columns, widest = _columns(call), _widest_factors(query.shape[-1], call.value.shape[-1])
+    if columns > widest:
+        return f"rank {bias.rank}, which packs into {columns} columns, more than {widest}"
     return None
+
+
+def _widest_factors(head_dim: int, head_dim_v: int) -> int:
+    """Packed columns that fit."""
+    return WIDEST_BESIDE_VALUES if 64 < head_dim <= 128 < head_dim_v else WIDEST_FACTORS
 
 
 def _columns(call: Call) -> int:

@@ -66,7 +66,7 @@ def chosen(ops: HopperOperands, needs_grad: tuple[bool, ...]) -> BackwardConfig 
     """The fused kernel's tile shape, or None where the portable kernels do the call."""
     needs_phi = needs_grad[3] or needs_grad[4]
     apart = ops.rank > 0 and not _is_one_for_each_group(ops)
-    if ops.table is not None or ops.mask is not None:
+    if ops.has_portable_gradients:
         return None
     if window.fits(ops, needs_grad) or apart or (needs_phi and ops.q.dtype == torch.float16):
         return None

@@ -97,7 +97,10 @@ def forward_config(block_d: int, block_dv: int, block_r: int, has_table: bool = 
         ValueError: nothing fits into shared memory.
     """
     width = max(block_d, block_dv)
-    if width > 64:
+    if width > 128:
+        # 128 registers of a thread hold sums of the output: scores of 64 keys fit beside them, of 128 they do not.
+        config = Config(2, 64, 2)
+    elif width > 64:
         config = Config(2, 128, 2)
     elif has_table:
         config = Config(3, 64, 3)
@@ -134,8 +137,11 @@ def forward_bytes(config: Config, block_d: int, block_dv: int, block_r: int) -> 
 
 
 def holds_output(config: Config, block_d: int, block_dv: int) -> bool:
-    """Whether the output leaves through the buffer of its queries, while the other one holds the next."""
-    return config.q_stages > 1 and block_dv <= block_d
+    """Whether the output leaves through the buffer of its queries.
+
+    The other buffer holds the next queries meanwhile; where heads are wide there is none, and they wait.
+    """
+    return block_dv <= block_d and (config.q_stages > 1 or block_d > 128)
 
 
 def tail_of(config: Config, seqlen_k: int) -> int:

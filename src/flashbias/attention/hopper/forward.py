@@ -24,9 +24,9 @@ from flashbias.attention.hopper.gluon import (
 from flashbias.attention.hopper.join import join
 from flashbias.attention.hopper.operands import HALF_BYTES, HopperOperands, Shape, descriptor, matrix
 from flashbias.attention.hopper.schedule import Band, Schedule, banded, unbanded
+from flashbias.attention.hopper.scores import centring_of, first_terms, masked, softmax, tile_offset
 from flashbias.attention.hopper.tiles import (
     ROWS,
-    exp2,
     key_tiles,
     own_index,
     part_of,
@@ -116,75 +116,23 @@ def _await_turn(order, w: gl.constexpr, step):
 
 
 @jit
-def _first_terms(table_ptr, q_code, code_k_ptr, start_m, start_n, seqlen_k, half, HAS_TABLE: gl.constexpr,
-                 HAS_CODES: gl.constexpr, HAS_EDGE: gl.constexpr, KEYS: gl.constexpr,
-                 s_layout: gl.constexpr):  # fmt: skip
-    """What the scores of a tile start from: entries of the table, over scale, or nothing."""
-    if not HAS_TABLE:
-        return gl.zeros([ROWS, KEYS], gl.float32, s_layout)
-    j = start_n + gl.arange(0, KEYS, gl.SliceLayout(0, s_layout))
-    if HAS_CODES:
-        k_code = gl.load(code_k_ptr + j, mask=j < seqlen_k, other=0) if HAS_EDGE else gl.load(code_k_ptr + j)
-        return _entries(table_ptr, q_code, k_code, half)
-    # Positions are their own codes: a tile far from the diagonal lies in one tail of the table.
-    is_after = start_n - (start_m + ROWS - 1) >= half
-    if is_after | (start_n + KEYS - 1 - start_m <= -half):
-        s = gl.full([ROWS, KEYS], gl.load(table_ptr + gl.where(is_after, half, -half)), gl.float32, s_layout)
-    else:
-        s = _entries(table_ptr, q_code, j, half)
-    return s
-
-
-@jit
-def _entries(table_ptr, q_code, k_code, half):
-    """Entries for each pair of codes; the table's first and last one hold for all beyond them."""
-    return gl.load(table_ptr + gl.minimum(gl.maximum(k_code[None, :] - q_code[:, None], -half), half))
-
-
-@jit
-def _masked(s, start_m, start_n, seqlen_k, shift, left, right, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
-            KEYS: gl.constexpr, s_layout: gl.constexpr):  # fmt: skip
-    """Scores of a tile at the edge of the band or of the keys."""
-    # Where the keys that row i sees begin and end, relative to the tile: a score costs one comparison for each.
-    i = start_m + shift - start_n + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
-    j = gl.arange(0, KEYS, gl.SliceLayout(0, s_layout))[None, :]
-    if HAS_RIGHT:  # noqa: SIM108
-        keep = j < gl.minimum(i + (right + 1), seqlen_k - start_n)[:, None]
-    else:
-        keep = j < seqlen_k - start_n
-    if HAS_LEFT:
-        keep = keep & (j >= (i - left)[:, None])
-    return gl.where(keep, s, float("-inf"))
-
-
-@jit
-def _softmax(s, m_i, l_i, qk_scale, IS_MASKED: gl.constexpr):
-    """Weights of a tile, and what the sums so far are to be multiplied by."""
-    m_new = gl.maximum(m_i, gl.max(s, 1) * qk_scale)
-    m_safe = m_new
-    if IS_MASKED:
-        # A row that has seen no key yet has m = -inf; measured from 0 its weights are exp2(-inf) = 0.
-        m_safe = gl.where(m_new == float("-inf"), 0.0, m_new)
-    alpha = exp2(m_i - m_safe)
-    p = exp2(s * qk_scale - m_safe[:, None])
-    l_i = l_i * alpha + gl.sum(p, 1)
-    return p, alpha, m_new, l_i
-
-
-@jit
 def _step(acc, p, m_i, l_i, step, start_n, q, pq, q_full, q_phase, k_smem, v_smem, pk_smem, k_full, v_full, empty,
-          order, w: gl.constexpr, table_ptr, q_code, code_k_ptr, half, terms_ptr,
+          order, w: gl.constexpr, table_ptr, q_code, code_k_ptr, half, terms_ptr, centring,
           is_edge, start_m, seqlen_k, shift, left, right, qk_scale, HAS_LEFT: gl.constexpr,
           HAS_RIGHT: gl.constexpr, HAS_PHI: gl.constexpr, HAS_TABLE: gl.constexpr, HAS_CODES: gl.constexpr,
-          HAS_TERMS: gl.constexpr, ORDERED: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-          BEFORE: gl.constexpr,
+          HAS_TERMS: gl.constexpr, RANK: gl.constexpr, ORDERED: gl.constexpr, CONSUMERS: gl.constexpr,
+          STAGES: gl.constexpr, BEFORE: gl.constexpr,
           BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr,
           k_layout: gl.constexpr, v_layout: gl.constexpr, pk_layout: gl.constexpr, s_layout: gl.constexpr,
           o_layout: gl.constexpr):  # fmt: skip
     """One tile of keys; P V of the tile before, of BEFORE keys, is in flight beside its scores."""
     stage = step % STAGES
+    offset = m_i
+    if RANK > 0:
+        # Before there are scores, which fill the registers.
+        offset = tile_offset(centring, start_n, RANK, gl.SliceLayout(1, s_layout))
     # Keys past the end are in the tile that comes first, before this loop, or hidden by the band.
-    s = _first_terms(table_ptr, q_code, code_k_ptr, start_m, start_n, seqlen_k, half, HAS_TABLE, HAS_CODES,
+    s = first_terms(table_ptr, q_code, code_k_ptr, start_m, start_n, seqlen_k, half, HAS_TABLE, HAS_CODES,
                      HAS_LEFT or HAS_RIGHT, BLOCK_N, s_layout)  # fmt: skip
     mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
     if ORDERED:
@@ -203,10 +151,10 @@ def _step(acc, p, m_i, l_i, step, start_n, q, pq, q_full, q_phase, k_smem, v_sme
     # One loop for tiles with masks and without: two of them would unpack and pack P where they meet.
     if HAS_LEFT or HAS_RIGHT:  # noqa: SIM102
         if is_edge:
-            s = _masked(s, start_m, start_n, seqlen_k, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N, s_layout)
+            s = masked(s, start_m, start_n, seqlen_k, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N, s_layout)
     if HAS_TERMS:
         s += gl.load(terms_ptr + start_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout)))[None, :]
-    weights, alpha, m_i, l_i = _softmax(s, m_i, l_i, qk_scale, HAS_LEFT or HAS_RIGHT or HAS_TERMS)
+    weights, alpha, m_i, l_i = softmax(s, m_i, l_i, qk_scale, offset, HAS_LEFT or HAS_RIGHT or HAS_TERMS, RANK > 0)
     # Without a barrier here, passed long ago, the assembler moves the wait below above the softmax, and nothing
     # overlaps. Of one that this step waited on before, Triton would synchronise the warps once more.
     mbarrier.wait(q_full, q_phase)
@@ -236,10 +184,10 @@ def _consume(
     q_smem, k_smem, v_smem, pq_smem, pk_smem, o_smem,
     q_full, q_empty, k_full, v_full, empty, order,
     units, whole, parts, part_tiles, heads, pairs, num_blocks, num_heads, seqlen_q, seqlen_k, shift, left, right,
-    qk_scale, stride_table, half, stride_terms, mask_s1, mask_v2, mask_s2, IS_SPLIT: gl.constexpr,
+    qk_scale, stride_table, half, stride_terms, mask_s1, mask_v2, mask_s2, centring, IS_SPLIT: gl.constexpr,
     ALTERNATES: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_EDGE: gl.constexpr,
     HAS_PHI: gl.constexpr, HAS_TABLE: gl.constexpr, HAS_CODES: gl.constexpr, HAS_TERMS: gl.constexpr,
-    ORDERED: gl.constexpr,
+    RANK: gl.constexpr, ORDERED: gl.constexpr,
     CONSUMERS: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr, O_IN_Q: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
     BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr,
@@ -285,7 +233,12 @@ def _consume(
         own_terms = terms_ptr
         if HAS_TERMS:
             own_terms = terms_ptr + own_index(bh, mask_s1, mask_v2, mask_s2) * stride_terms
-        s = _first_terms(own_table, q_code, code_k_ptr, start_m, first, seqlen_k, half, HAS_TABLE, HAS_CODES, HAS_EDGE,
+        own_centring = centring
+        offset = m_i
+        if RANK > 0:
+            own_centring = centring_of(centring, bh, start_m, seqlen_q, RANK)
+            offset = tile_offset(own_centring, first, RANK, gl.SliceLayout(1, first_layout))
+        s = first_terms(own_table, q_code, code_k_ptr, start_m, first, seqlen_k, half, HAS_TABLE, HAS_CODES, HAS_EDGE,
                          first_keys, first_layout)  # fmt: skip
         mbarrier.wait(q_full.index(place), (turn // Q_STAGES) & 1)
         stage = step % STAGES
@@ -298,17 +251,17 @@ def _consume(
         s = warpgroup_mma_wait(0, deps=[s])
         mbarrier.arrive(empty.index(stage))
         if HAS_EDGE:
-            s = _masked(s, start_m, first, seqlen_k, shift, left, right, HAS_LEFT, HAS_RIGHT, first_keys,
+            s = masked(s, start_m, first, seqlen_k, shift, left, right, HAS_LEFT, HAS_RIGHT, first_keys,
                         first_layout)  # fmt: skip
         if HAS_TERMS:
             s += gl.load(own_terms + first + gl.arange(0, first_keys, gl.SliceLayout(0, first_layout)))[None, :]
-        weights, _, m_i, l_i = _softmax(s, m_i, l_i, qk_scale, HAS_EDGE)
+        weights, _, m_i, l_i = softmax(s, m_i, l_i, qk_scale, offset, HAS_EDGE, RANK > 0)
         p = gl.convert_layout(weights.to(v_smem.dtype), gl.DotOperandLayout(0, o_layout, 2))
         m_i = gl.convert_layout(m_i, rows)
         l_i = gl.convert_layout(l_i, rows)
         q_code = gl.convert_layout(q_code, rows)
         step += 1
-        if O_IN_Q:
+        if O_IN_Q and Q_STAGES > 1:
             # The output of the last turn has left the other buffer, which is free for the queries of the next.
             store_wait(0)
             mbarrier.arrive(q_empty.index(w * Q_STAGES + (turn + 1) % Q_STAGES), pred=turn > 0)
@@ -317,8 +270,9 @@ def _consume(
             acc, p, m_i, l_i, step = _step(
                 acc, p, m_i, l_i, step, last * BLOCK_N, q, pq, q_full.index(place), (turn // Q_STAGES) & 1, k_smem,
                 v_smem, pk_smem, k_full, v_full, empty, order, w, own_table, q_code, code_k_ptr, half, own_terms,
+                own_centring,
                 False, start_m, seqlen_k, shift, left, right, qk_scale, HAS_LEFT, HAS_RIGHT, HAS_PHI,
-                HAS_TABLE, HAS_CODES, HAS_TERMS, ORDERED, CONSUMERS, STAGES, TAIL, BLOCK_N, BLOCK_D, BLOCK_DV,
+                HAS_TABLE, HAS_CODES, HAS_TERMS, RANK, ORDERED, CONSUMERS, STAGES, TAIL, BLOCK_N, BLOCK_D, BLOCK_DV,
                 BLOCK_R, k_layout, v_layout,
                 pk_layout, s_layout, o_layout,
             )  # fmt: skip
@@ -328,10 +282,10 @@ def _consume(
             acc, p, m_i, l_i, step = _step(
                 acc, p, m_i, l_i, step, tile * BLOCK_N, q, pq, q_full.index(place), (turn // Q_STAGES) & 1, k_smem,
                 v_smem, pk_smem, k_full, v_full, empty, order, w, own_table, q_code, code_k_ptr, half, own_terms,
+                own_centring,
                 (tile >= full_hi) | (tile < full_lo), start_m, seqlen_k, shift, left, right, qk_scale,
-                HAS_LEFT, HAS_RIGHT, HAS_PHI, HAS_TABLE, HAS_CODES, HAS_TERMS, ORDERED, CONSUMERS, STAGES, BLOCK_N,
-                BLOCK_N, BLOCK_D, BLOCK_DV,
-                BLOCK_R, k_layout, v_layout, pk_layout, s_layout, o_layout,
+                HAS_LEFT, HAS_RIGHT, HAS_PHI, HAS_TABLE, HAS_CODES, HAS_TERMS, RANK, ORDERED, CONSUMERS, STAGES,
+                BLOCK_N, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, k_layout, v_layout, pk_layout, s_layout, o_layout,
             )  # fmt: skip
         if not O_IN_Q:
             mbarrier.arrive(q_empty.index(place))
@@ -365,6 +319,9 @@ def _consume(
         else:
             _store_rows(acc, lse, o_desc, o_rows, lse_ptr, b, h, bh, start_m, seqlen_q, BLOCK_DV, O_IN_Q,
                         o_smem_layout, rows)  # fmt: skip
+        if O_IN_Q and Q_STAGES == 1:
+            store_wait(0)
+            mbarrier.arrive(q_empty.index(place))
     store_wait(0)
 
 
@@ -373,16 +330,18 @@ def _consume(
         "units", "whole", "parts", "part_tiles", "heads", "pairs", "num_blocks", "num_heads", "group", "seqlen_q",
         "seqlen_k", "shift", "left", "right",
         "pq_s1", "pq_v2", "pq_s2", "pk_s1", "pk_v2", "pk_s2", "stride_table", "half", "mask_s1", "mask_v2", "mask_s2",
+        "stride_pf", "stride_pn", "stride_pr", "stride_c", "references",
     ]
 )  # fmt: skip
 def _fwd_kernel(
     q_desc, k_desc, v_desc, o_desc, pq_desc, pk_desc, lse_ptr, part_ptr, part_lse_ptr, table_ptr, code_q_ptr,
-    code_k_ptr, terms_ptr,
+    code_k_ptr, terms_ptr, phi_q_ptr, centre_ptr,
     units, whole, parts, part_tiles, heads, pairs, num_blocks, num_heads, group, seqlen_q, seqlen_k, shift, left, right,
     scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, stride_table, half, stride_terms, mask_s1, mask_v2,
-    mask_s2, IS_SPLIT: gl.constexpr, ALTERNATES: gl.constexpr,
+    mask_s2, stride_pf, stride_pn, stride_pr, stride_c, references, IS_SPLIT: gl.constexpr, ALTERNATES: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_EDGE: gl.constexpr, HAS_PHI: gl.constexpr,
-    HAS_TABLE: gl.constexpr, HAS_CODES: gl.constexpr, HAS_TERMS: gl.constexpr, ORDERED: gl.constexpr,
+    HAS_TABLE: gl.constexpr, HAS_CODES: gl.constexpr, HAS_TERMS: gl.constexpr, RANK: gl.constexpr,
+    ORDERED: gl.constexpr,
     CONSUMERS: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr, O_IN_Q: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
     BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, REGISTERS: gl.constexpr,
@@ -418,6 +377,8 @@ def _fwd_kernel(
         mbarrier.init(empty.index(stage), count=CONSUMERS)
     fence_async_shared()
     qk_scale = scale * LOG2E
+    centring = (phi_q_ptr, stride_pf, stride_pn, stride_pr, centre_ptr, stride_c, references, pq_s1, pq_v2, pq_s2,
+                pk_s1, pk_v2, pk_s2)  # fmt: skip
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
@@ -425,16 +386,16 @@ def _fwd_kernel(
                             q_smem, k_smem, v_smem, pq_smem, pk_smem, o_smem, q_full, q_empty, k_full, v_full, empty,
                             order, units, whole, parts, part_tiles, heads, pairs, num_blocks, num_heads, seqlen_q,
                             seqlen_k, shift, left, right, qk_scale, stride_table, half, stride_terms, mask_s1, mask_v2,
-                            mask_s2, IS_SPLIT, ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, HAS_TABLE, HAS_CODES,
-                            HAS_TERMS, ORDERED, CONSUMERS, Q_STAGES, STAGES, TAIL,
+                            mask_s2, centring, IS_SPLIT, ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, HAS_TABLE,
+                            HAS_CODES, HAS_TERMS, RANK, ORDERED, CONSUMERS, Q_STAGES, STAGES, TAIL,
                             O_IN_Q, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, q_layout, k_layout, v_layout, pq_layout,
                             pk_layout, o_layout)),
                 (_consume, (1, o_desc, lse_ptr, part_ptr, part_lse_ptr, table_ptr, code_q_ptr, code_k_ptr, terms_ptr,
                             q_smem, k_smem, v_smem, pq_smem, pk_smem, o_smem, q_full, q_empty, k_full, v_full, empty,
                             order, units, whole, parts, part_tiles, heads, pairs, num_blocks, num_heads, seqlen_q,
                             seqlen_k, shift, left, right, qk_scale, stride_table, half, stride_terms, mask_s1, mask_v2,
-                            mask_s2, IS_SPLIT, ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, HAS_TABLE, HAS_CODES,
-                            HAS_TERMS, ORDERED, CONSUMERS, Q_STAGES, STAGES, TAIL,
+                            mask_s2, centring, IS_SPLIT, ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, HAS_TABLE,
+                            HAS_CODES, HAS_TERMS, RANK, ORDERED, CONSUMERS, Q_STAGES, STAGES, TAIL,
                             O_IN_Q, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, q_layout, k_layout, v_layout, pq_layout,
                             pk_layout, o_layout)),
                 (_produce, (q_desc, k_desc, v_desc, pq_desc, pk_desc, q_smem, k_smem, v_smem, pq_smem, pk_smem,
@@ -453,24 +414,24 @@ def _fwd_kernel(
                             q_smem, k_smem, v_smem, pq_smem, pk_smem, o_smem, q_full, q_empty, k_full, v_full, empty,
                             order, units, whole, parts, part_tiles, heads, pairs, num_blocks, num_heads, seqlen_q,
                             seqlen_k, shift, left, right, qk_scale, stride_table, half, stride_terms, mask_s1, mask_v2,
-                            mask_s2, IS_SPLIT, ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, HAS_TABLE, HAS_CODES,
-                            HAS_TERMS, ORDERED, CONSUMERS, Q_STAGES, STAGES, TAIL,
+                            mask_s2, centring, IS_SPLIT, ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, HAS_TABLE,
+                            HAS_CODES, HAS_TERMS, RANK, ORDERED, CONSUMERS, Q_STAGES, STAGES, TAIL,
                             O_IN_Q, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, q_layout, k_layout, v_layout, pq_layout,
                             pk_layout, o_layout)),
                 (_consume, (1, o_desc, lse_ptr, part_ptr, part_lse_ptr, table_ptr, code_q_ptr, code_k_ptr, terms_ptr,
                             q_smem, k_smem, v_smem, pq_smem, pk_smem, o_smem, q_full, q_empty, k_full, v_full, empty,
                             order, units, whole, parts, part_tiles, heads, pairs, num_blocks, num_heads, seqlen_q,
                             seqlen_k, shift, left, right, qk_scale, stride_table, half, stride_terms, mask_s1, mask_v2,
-                            mask_s2, IS_SPLIT, ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, HAS_TABLE, HAS_CODES,
-                            HAS_TERMS, ORDERED, CONSUMERS, Q_STAGES, STAGES, TAIL,
+                            mask_s2, centring, IS_SPLIT, ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, HAS_TABLE,
+                            HAS_CODES, HAS_TERMS, RANK, ORDERED, CONSUMERS, Q_STAGES, STAGES, TAIL,
                             O_IN_Q, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, q_layout, k_layout, v_layout, pq_layout,
                             pk_layout, o_layout)),
                 (_consume, (2, o_desc, lse_ptr, part_ptr, part_lse_ptr, table_ptr, code_q_ptr, code_k_ptr, terms_ptr,
                             q_smem, k_smem, v_smem, pq_smem, pk_smem, o_smem, q_full, q_empty, k_full, v_full, empty,
                             order, units, whole, parts, part_tiles, heads, pairs, num_blocks, num_heads, seqlen_q,
                             seqlen_k, shift, left, right, qk_scale, stride_table, half, stride_terms, mask_s1, mask_v2,
-                            mask_s2, IS_SPLIT, ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, HAS_TABLE, HAS_CODES,
-                            HAS_TERMS, ORDERED, CONSUMERS, Q_STAGES, STAGES, TAIL,
+                            mask_s2, centring, IS_SPLIT, ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, HAS_TABLE,
+                            HAS_CODES, HAS_TERMS, RANK, ORDERED, CONSUMERS, Q_STAGES, STAGES, TAIL,
                             O_IN_Q, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, q_layout, k_layout, v_layout, pq_layout,
                             pk_layout, o_layout)),
                 (_produce, (q_desc, k_desc, v_desc, pq_desc, pk_desc, q_smem, k_smem, v_smem, pq_smem, pk_smem,
@@ -512,8 +473,9 @@ def launch_as(config: Config, ops: HopperOperands, out: torch.Tensor, lse: torch
         parts_lse = lse.new_empty(parts.shape[:2])
     _fwd_kernel[(schedule.programs,)](
         q, k, v, o, pq, pk, lse, parts, parts_lse, *_or(lse, ops.table_over_scale, ops.code_q, ops.code_k, terms),
+        *_or(lse, ops.centring.phi_q, ops.centring.centres),
         *numbers, ops.scale, *ops.sharing_q.sizes, *ops.sharing_k.sizes, *ops.table_sizes,
-        0 if terms is None else terms.stride(0), *ops.sharing_mask.sizes,
+        0 if terms is None else terms.stride(0), *ops.sharing_mask.sizes, *ops.centring.sizes,
         q_layout=matrix(q), k_layout=matrix(k), v_layout=matrix(v), pq_layout=matrix(pq), pk_layout=matrix(pk),
         o_layout=matrix(o),
         **constants,
@@ -531,7 +493,8 @@ def _or(nothing: torch.Tensor, *tensors: torch.Tensor | None) -> tuple[torch.Ten
 def _plan(config: Config, shape: Shape, processors: int) -> tuple[Schedule, tuple[int, ...], dict[str, Any]]:
     """What a launch needs beside tensors and scale: its schedule, the kernel's numbers, and its constants by name."""
     schedule = schedule_of(config, shape, processors)
-    tail = 0 if schedule.is_split or shape.is_banded else tail_of(config, shape.seqlen_k)
+    is_whole = schedule.is_split or shape.is_banded or shape.centred_rank > 0
+    tail = 0 if is_whole else tail_of(config, shape.seqlen_k)
     numbers = (
         schedule.units, schedule.whole, schedule.parts, schedule.part_tiles, schedule.heads, shape.pairs,
         cdiv(shape.seqlen_q, config.block_m), shape.num_heads, shape.group, shape.seqlen_q, shape.seqlen_k,
@@ -547,6 +510,7 @@ def _plan(config: Config, shape: Shape, processors: int) -> tuple[Schedule, tupl
         "HAS_TABLE": shape.has_table,
         "HAS_CODES": shape.has_codes,
         "HAS_TERMS": shape.hides_keys,
+        "RANK": shape.centred_rank,
         "ORDERED": config.is_ordered,
         "CONSUMERS": config.consumers,
         "Q_STAGES": config.q_stages,

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from flashbias.attention import packing
 from flashbias.attention.hopper.configs import ready_columns
 from flashbias.attention.hopper.gluon import TensorDescriptor, gl
 from flashbias.attention.hopper.pack import ReadyFactors
@@ -44,7 +45,8 @@ class Shape(NamedTuple):
     """What a schedule and a kernel's constants depend on.
 
     (batch, head) pairs, then sizes as in `Operands`, packed columns of the factors, window, shift; whether there is a
-    table, and codes for it; whether a mask of the caller's own hides keys.
+    table, and codes for it; whether a mask of the caller's own hides keys; rank of factors that are centred tile by
+    tile, else 0.
     """
 
     pairs: int
@@ -63,11 +65,30 @@ class Shape(NamedTuple):
     has_table: bool = False
     has_codes: bool = False
     hides_keys: bool = False
+    centred_rank: int = 0
 
     @property
     def is_banded(self) -> bool:
         """Whether a window hides keys."""
         return self.window_left >= 0 or self.window_right >= 0
+
+
+class Centring(NamedTuple):
+    """What offsets are made from: phi_q as given, and centres of phi_k, `[F_k, S, R]`.
+
+    The first `tiles` centres are those of the tiles of keys; from each of the others 128 queries measure their scores.
+    """
+
+    phi_q: Tensor | None
+    centres: Tensor | None
+    tiles: int = 0
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Strides of phi_q, from one factor's centres to the next, and where the second kind of them begins."""
+        if self.phi_q is None or self.centres is None:
+            return (0,) * 5
+        return *self.phi_q.stride(), self.centres.stride(0), self.tiles
 
 
 class HopperOperands(Operands):
@@ -106,6 +127,7 @@ class HopperOperands(Operands):
             self.num_programs, self.num_heads, self.group, self.seqlen_q, self.seqlen_k, self.head_dim,
             self.head_dim_v, self.block_d, self.block_dv, self.columns, self.window_left, self.window_right, self.shift,
             self.table is not None, self.code_q is not None, self.mask is not None,
+            self.rank if self.is_tile_centred else 0,
         )  # fmt: skip
 
     def key_terms(self, keys: int) -> Tensor | None:
@@ -128,6 +150,33 @@ class HopperOperands(Operands):
         if self.table is None:
             return 0, 0
         return self.table.stride(0) if self.table.shape[0] > 1 else 0, self.table.shape[1] // 2
+
+    @property
+    def is_tile_centred(self) -> bool:
+        """Whether phi_k is centred tile by tile, so that scores of a tile get an offset in each row."""
+        if self.phi_q is None or self.phi_k is None or self.is_varlen:
+            return False
+        is_packed = packing.is_packed(self.phi_q, self.phi_k, self.q.dtype)
+        return is_packed and packing.is_tile_centred(self.seqlen_k, self.q.dtype)
+
+    @functools.cached_property
+    def centring(self) -> Centring:
+        """What offsets are made from."""
+        if self.factors is None or not self.is_tile_centred:
+            return Centring(None, None)
+        tiles, opposite = (
+            torch.arange(0, n, packing.CENTRE_TILE, device=self.q.device) for n in (self.seqlen_k, self.seqlen_q)
+        )
+        starts = torch.cat([tiles, opposite + (self.seqlen_k - self.seqlen_q)])
+        return Centring(
+            self.factors.raw_q, packing.centre_of(self.factors.raw_k, starts, packing.CENTRE_TILE), len(tiles)
+        )
+
+    @property
+    def has_portable_gradients(self) -> bool:
+        """Whether the fused backward pass lacks something that the forward pass can do."""
+        is_wide = max(self.block_d, self.block_dv) > 128
+        return is_wide or self.table is not None or self.mask is not None or self.is_tile_centred
 
     @functools.cached_property
     def columns(self) -> int:

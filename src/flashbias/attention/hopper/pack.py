@@ -40,9 +40,11 @@ class ReadyFactors(Factors):
         is_packed = packing.is_packed(raw_q, raw_k, dtype)
         # What is handed over has the form that portable kernels read, which may be the ones of the backward pass.
         is_shared = is_packed and form == packing.form_of(rank, dtype)
-        tile = raw_k.shape[-2] if centred and is_packed else 0
+        is_centred = centred and is_packed
+        tiled = is_centred and packing.is_tile_centred(raw_k.shape[-2], dtype)
+        tile = packing.CENTRE_TILE if tiled else raw_k.shape[-2] if is_centred else 0
         # The copy engine knows no stride of 0.
         packed_q, packed_k = packed_pair(
             raw_q, raw_k, scale, form, tile, handed if is_shared else None, every_row=True
         )  # fmt: skip
-        return cls(packed_q, packed_k, raw_q, raw_k, rank, len(terms), width, width, READY.value, False, scale)
+        return cls(packed_q, packed_k, raw_q, raw_k, rank, len(terms), width, width, READY.value, tiled, scale)

@@ -1,0 +1,107 @@
+"""A tile of scores in registers: what they start from, what masks hide, offsets of tiles of centres, their softmax."""
+
+# Gluon is untyped: jitted functions take and return what annotations cannot say.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportReturnType=false
+# pyright: reportAssignmentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+
+from flashbias.attention import packing
+from flashbias.attention.hopper.gluon import gl, jit
+from flashbias.attention.hopper.tiles import ROWS, exp2, own_index
+from flashbias.attention.triton.primitives import LOG2E
+
+CENTRE_TILE = gl.constexpr(packing.CENTRE_TILE)
+"""Keys that share a centre: a tile of keys lies within them, and 64 queries lie opposite to them."""
+
+
+@jit
+def first_terms(table_ptr, q_code, code_k_ptr, start_m, start_n, seqlen_k, half, HAS_TABLE: gl.constexpr,
+                 HAS_CODES: gl.constexpr, HAS_EDGE: gl.constexpr, KEYS: gl.constexpr,
+                 s_layout: gl.constexpr):  # fmt: skip
+    """What the scores of a tile start from: entries of the table, over scale, or nothing."""
+    if not HAS_TABLE:
+        return gl.zeros([ROWS, KEYS], gl.float32, s_layout)
+    j = start_n + gl.arange(0, KEYS, gl.SliceLayout(0, s_layout))
+    if HAS_CODES:
+        k_code = gl.load(code_k_ptr + j, mask=j < seqlen_k, other=0) if HAS_EDGE else gl.load(code_k_ptr + j)
+        return _entries(table_ptr, q_code, k_code, half)
+    # Positions are their own codes: a tile far from the diagonal lies in one tail of the table.
+    is_after = start_n - (start_m + ROWS - 1) >= half
+    if is_after | (start_n + KEYS - 1 - start_m <= -half):
+        s = gl.full([ROWS, KEYS], gl.load(table_ptr + gl.where(is_after, half, -half)), gl.float32, s_layout)
+    else:
+        s = _entries(table_ptr, q_code, j, half)
+    return s
+
+
+@jit
+def _entries(table_ptr, q_code, k_code, half):
+    """Entries for each pair of codes; the table's first and last one hold for all beyond them."""
+    return gl.load(table_ptr + gl.minimum(gl.maximum(k_code[None, :] - q_code[:, None], -half), half))
+
+
+@jit
+def masked(s, start_m, start_n, seqlen_k, shift, left, right, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+            KEYS: gl.constexpr, s_layout: gl.constexpr):  # fmt: skip
+    """Scores of a tile at the edge of the band or of the keys."""
+    # Where the keys that row i sees begin and end, relative to the tile: a score costs one comparison for each.
+    i = start_m + shift - start_n + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
+    j = gl.arange(0, KEYS, gl.SliceLayout(0, s_layout))[None, :]
+    if HAS_RIGHT:  # noqa: SIM108
+        keep = j < gl.minimum(i + (right + 1), seqlen_k - start_n)[:, None]
+    else:
+        keep = j < seqlen_k - start_n
+    if HAS_LEFT:
+        keep = keep & (j >= (i - left)[:, None])
+    return gl.where(keep, s, float("-inf"))
+
+
+@jit
+def centring_of(centring, bh, start_m, seqlen_q, RANK: gl.constexpr):
+    """Where 64 queries find what `tile_offset` needs.
+
+    Their first row of phi_q, the centres of their keys, the centre that they are measured from, the last row that there
+    is, counted from the first, and the strides of phi_q.
+    """
+    phi_q_ptr, stride_f, stride_n, stride_r, centre_ptr, stride_c, tiles, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2 = (
+        centring
+    )
+    phi_q_ptr += own_index(bh, pq_s1, pq_v2, pq_s2).to(gl.int64) * stride_f + start_m.to(gl.int64) * stride_n
+    centre_ptr += own_index(bh, pk_s1, pk_v2, pk_s2).to(gl.int64) * stride_c
+    reference = tiles + gl.minimum(start_m, seqlen_q - 1) // CENTRE_TILE
+    return phi_q_ptr, centre_ptr, centre_ptr + reference * RANK, seqlen_q - 1 - start_m, stride_n, stride_r
+
+
+@jit
+def tile_offset(centring, start_n, RANK: gl.constexpr, rows: gl.constexpr):
+    """What centring phi_k by tile took from the scores of 64 queries and this tile of keys, in units of log 2."""
+    phi_q_ptr, centre_ptr, reference_ptr, last, stride_n, stride_r = centring
+    phi_q_ptr += gl.minimum(gl.arange(0, ROWS, rows), last) * stride_n
+    centre_ptr += start_n // CENTRE_TILE * RANK
+    offset = gl.zeros([ROWS], gl.float32, rows)
+    for r in gl.static_range(RANK):
+        step = gl.load(centre_ptr + r) - gl.load(reference_ptr + r)
+        offset += gl.load(phi_q_ptr + r * stride_r).to(gl.float32) * step
+    return offset * LOG2E
+
+
+@jit
+def softmax(s, m_i, l_i, qk_scale, offset, IS_MASKED: gl.constexpr, HAS_OFFSET: gl.constexpr):
+    """Weights of a tile, and what the sums so far are to be multiplied by.
+
+    An offset of a row goes into what its scores are measured from: each still costs one multiply-add.
+    """
+    top = gl.max(s, 1) * qk_scale
+    if HAS_OFFSET:
+        top += offset
+    m_new = gl.maximum(m_i, top)
+    m_safe = m_new
+    if IS_MASKED:
+        # A row that has seen no key yet has m = -inf; measured from 0 its weights are exp2(-inf) = 0.
+        m_safe = gl.where(m_new == float("-inf"), 0.0, m_new)
+    alpha = exp2(m_i - m_safe)
+    base = m_safe
+    if HAS_OFFSET:
+        base -= offset
+    p = exp2(s * qk_scale - base[:, None])
+    l_i = l_i * alpha + gl.sum(p, 1)
+    return p, alpha, m_new, l_i
