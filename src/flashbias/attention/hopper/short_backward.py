@@ -57,7 +57,7 @@ def _rows(ptr, row, rows, seqlen_q, other):
 
 
 @jit
-def _times_factor(total, ptr, stride, length, columns, second, IS_FIRST: gl.constexpr, IS_PACKED: gl.constexpr,
+def _times_factor(ptr, stride, length, columns, second, IS_FIRST: gl.constexpr, IS_PACKED: gl.constexpr,
                   BLOCK: gl.constexpr, BLOCK_G: gl.constexpr, parts_smem, phi_layout: gl.constexpr,
                   g_layout: gl.constexpr):  # fmt: skip
     """The sum of dS, or (IS_FIRST False) its transpose, times a factor's first part and, if packed, its second."""
@@ -220,9 +220,9 @@ def _bwd_short_kernel(
             ds_sum = ds_sum - rounded.to(gl.float32)
         own_q = phi_q_ptr + own_index(bh_zero, pq_s1, pq_v2, pq_s2).to(gl.int64) * stride_pqf
         own_k = phi_k_ptr + own_index(bh_zero, pk_s1, pk_v2, pk_s2).to(gl.int64) * stride_pkf
-        dphi_q = _times_factor(ds_sum, own_k, stride_pk, seqlen_k, columns, rank, True, IS_PACKED, BLOCK, BLOCK_G,
+        dphi_q = _times_factor(own_k, stride_pk, seqlen_k, columns, rank, True, IS_PACKED, BLOCK, BLOCK_G,
                                parts_smem, grad_layout, g_layout)  # fmt: skip
-        dphi_k = _times_factor(ds_sum, own_q, stride_pq, seqlen_q, columns, 2 * rank, False, IS_PACKED, BLOCK, BLOCK_G,
+        dphi_k = _times_factor(own_q, stride_pq, seqlen_q, columns, 2 * rank, False, IS_PACKED, BLOCK, BLOCK_G,
                                parts_smem, grad_layout, g_layout)  # fmt: skip
         part_of = gl.program_id(1).to(gl.int64) * gl.num_programs(0) + walk
         _store_gradient(dphi_q_ptr + part_of * seqlen_q * rank, dphi_q, seqlen_q, rank, BLOCK, BLOCK_G, g_layout)
@@ -232,7 +232,7 @@ def _bwd_short_kernel(
 
 def fits(ops: Operands, needs_grad: tuple[bool, ...]) -> bool:
     """Whether `launch` takes the call."""
-    if not short_backward.fits(ops, needs_grad) or not ops.is_half or ops.dropout_p > 0:
+    if not short_backward.fits(ops, needs_grad) or ops.dropout_p > 0:
         return False
     if ops.ranks_per_head is not None or ops.head_dim % 8 or ops.head_dim_v % 8:
         return False

@@ -114,7 +114,7 @@ def window_bias(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """All that is added to the scores of a window, in units of log 2; -inf for pairs that are hidden or do not exist."""
+    """All that is added to a window's scores, in units of log 2; -inf for pairs that are hidden or do not exist."""
     bias = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     if HAS_PHI:
         f_q = tl.cast(group_of(bh, pq_s1, pq_v2, pq_s2), tl.int64)
@@ -330,7 +330,8 @@ def _of_one_head(sharing: Sharing, num_heads: int) -> Sharing:
 
 def fits(ops: Operands) -> bool:
     """Whether one tile holds a window, and enough windows share a bias to make it once."""
-    if ops.is_varlen or max(ops.seqlen_q, ops.seqlen_k) > LONGEST:
+    # Two TF32 parts of every float32 operand would leave no registers for the bias.
+    if ops.is_varlen or not ops.is_half or max(ops.seqlen_q, ops.seqlen_k) > LONGEST:
         return False
     if max(ops.head_dim, ops.head_dim_v) > WIDEST or min(ops.seqlen_q, ops.seqlen_k) == 0:
         return False

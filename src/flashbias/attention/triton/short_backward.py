@@ -191,9 +191,7 @@ def _bwd_short_kernel(
         q = load_tile(q_ptr + b * stride_qb, 0, offs_m, offs_d, stride_qn, seqlen_q, head_dim, True, PADDED_D)
         k = load_tile(k_ptr + b * stride_kb, 0, offs_n, offs_d, stride_kn, seqlen_k, head_dim, True, PADDED_D)
         v = load_tile(v_ptr + b * stride_vb, 0, offs_n, offs_dv, stride_vn, seqlen_k, head_dim_v, True, PADDED_DV)
-        do = load_tile(
-            dout_ptr + b * stride_dob, 0, offs_m, offs_dv, stride_don, seqlen_q, head_dim_v, True, PADDED_DV
-        )
+        do = load_tile(dout_ptr + b * stride_dob, 0, offs_m, offs_dv, stride_don, seqlen_q, head_dim_v, True, PADDED_DV)
         row = (b * num_heads + h) * stride_lse
         lse = tl.load(lse_ptr + row + offs_m, mask=inside, other=float("-inf"))
         # Rows that attend to nothing get weights exp2(-inf) = 0.
