@@ -64,8 +64,8 @@ def _bias(
     columns, stride_table, half, stride_mask_f, stride_mask_m, stride_mask_n, num_heads, seqlen_q, seqlen_k, shift,
     left, right, phi_scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, mask_s1, mask_v2, mask_s2,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_PHI: gl.constexpr, HAS_TABLE: gl.constexpr,
-    HAS_CODES: gl.constexpr, HAS_MASK: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_R: gl.constexpr,
-    pq_layout: gl.constexpr, pk_layout: gl.constexpr, s_layout: gl.constexpr,
+    HAS_CODES: gl.constexpr, HAS_MASK: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_R: gl.constexpr, pq_layout: gl.constexpr, pk_layout: gl.constexpr, s_layout: gl.constexpr,
 ):  # fmt: skip
     """All that is added to a window's scores, in units of log 2; -inf for pairs that are hidden or do not exist."""
     i = gl.arange(0, BLOCK_M, gl.SliceLayout(1, s_layout))
@@ -144,9 +144,9 @@ def _fwd_short_kernel(
     bias = _bias(
         b_zero * num_heads + h, phi_q_ptr, phi_k_ptr, table_ptr, code_q_ptr, code_k_ptr, mask_ptr, stride_pqf,
         stride_pq, stride_pkf, stride_pk, columns, stride_table, half, stride_mask_f, stride_mask_m, stride_mask_n,
-        num_heads, seqlen_q, seqlen_k, shift, left, right, phi_scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, mask_s1, mask_v2,
-        mask_s2, HAS_LEFT, HAS_RIGHT, HAS_PHI, HAS_TABLE, HAS_CODES, HAS_MASK, BLOCK_M, BLOCK_N, BLOCK_R, pq_layout,
-        pk_layout, s_layout,
+        num_heads, seqlen_q, seqlen_k, shift, left, right, phi_scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2,
+        mask_s1, mask_v2, mask_s2, HAS_LEFT, HAS_RIGHT, HAS_PHI, HAS_TABLE, HAS_CODES, HAS_MASK, BLOCK_M, BLOCK_N,
+        BLOCK_R, pq_layout, pk_layout, s_layout,
     )  # fmt: skip
     qk_scale = scale * LOG2E
     rows = gl.arange(0, BLOCK_M, gl.SliceLayout(1, s_layout))
@@ -228,7 +228,9 @@ def arguments_of(ops: Operands) -> tuple[tuple[Tensor | None, ...], tuple[int | 
     """What both passes are told of the bias: its tensors, numbers in the kernels' order, and constants by name."""
     factors = ops.factors
     phi_q, phi_k = (None, None) if factors is None else (factors.phi_q, factors.phi_k)
-    steps = (0, 0, 0, 0, 0) if phi_q is None else (*phi_q.stride()[:2], *phi_k.stride()[:2], factors.columns)
+    steps = (0,) * 5
+    if factors is not None:
+        steps = (*factors.phi_q.stride()[:2], *factors.phi_k.stride()[:2], factors.columns)
     is_over_scale = factors is not None and factors.mode == READY.value
     named = ops.arguments
     numbers = (
