@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from flashbias.attention.layout import Sharing, cdiv, next_power_of_2
-from flashbias.attention.triton import table, window
+from flashbias.attention.triton import short_backward, table, window
 from flashbias.attention.triton.assembler import soundly_assembled
 from flashbias.attention.triton.configs import Config, choose
 from flashbias.attention.triton.dkdv import _bwd_dkdv_kernel
@@ -136,13 +136,18 @@ def launch_as(
 ) -> None:
     """Fill the gradients of a call that is flattened already."""
     dout = flattened(dout)
-    lse2, delta = rows_of(ops, dout, dlse, ops.flat(out), lse)
     need_q, need_k, need_v, need_phi_q, need_phi_k, need_table = needs_grad
+    is_short = short_backward.fits(ops, needs_grad)
+    if is_short:
+        short_backward.launch(ops, grads, dout, dlse, lse, needs_grad)
+        if not need_table:
+            return
+    lse2, delta = rows_of(ops, dout, dlse, ops.flat(out), lse)
     rows = {"dout_ptr": dout, "lse_ptr": lse2, "delta_ptr": delta}
     rows |= strides_of("do", dout)
-    if window.fits(ops, needs_grad):
+    if window.fits(ops, needs_grad) and not is_short:
         window.launch(ops, grads, rows, needs_grad)
-    else:
+    elif not is_short:
         _launch_dkdv(ops, grads, rows, need_k or need_v, need_phi_k)
         _launch_dq(ops, grads, rows, need_q, need_phi_q)
     if need_table:

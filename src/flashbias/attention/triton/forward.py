@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from flashbias.attention.layout import cdiv, next_power_of_2
+from flashbias.attention.triton import short
 from flashbias.attention.triton.assembler import soundly_assembled
 from flashbias.attention.triton.configs import choose
 from flashbias.attention.triton.operands import Operands
@@ -434,6 +435,9 @@ def _combine_kernel(
 def launch(out: torch.Tensor, lse: torch.Tensor, *arguments: Any) -> None:
     """Fill `out` and `lse`; the arguments are those that the operators share (`attention/registration.py`)."""
     ops = Operands.of(*arguments)
+    if short.fits(ops):
+        short.launch(ops, ops.flat(out), lse)
+        return
     config = choose("forward", ops)
     blocks = cdiv(ops.max_seqlen_q, config.block_m)
     splits, split_size = ops.key_splits(blocks, config.block_n)
