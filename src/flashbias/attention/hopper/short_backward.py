@@ -180,7 +180,8 @@ def _bwd_short_kernel(
         p_smem.store(p.to(kind))
         dp = warpgroup_mma_wait(0, deps=[dp])
         u = p * dp
-        delta = gl.sum(u, 1)
+        total = gl.sum(p, 1)
+        delta = gl.sum(u, 1) / gl.where(total == 0.0, 1.0, total)
         if HAS_DLSE:
             delta = delta - dlse
         ds = u - p * delta[:, None]
