@@ -323,6 +323,8 @@ def walk_of(ops: Operands) -> Sharing | None:
 def _of_one_head(sharing: Sharing, num_heads: int) -> Sharing:
     """The same sharing, apart for each head: then members are equally far from each other."""
     varying = sharing.v2 * sharing.s2
+    if sharing.members == 1:
+        return sharing
     if varying == 1:
         return Sharing(sharing.v1, sharing.s1 // num_heads, num_heads, 1)
     return Sharing(sharing.v1, sharing.s1, varying, 1)
