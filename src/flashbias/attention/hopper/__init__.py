@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from importlib.util import find_spec
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from flashbias.attention import packing, registration
 from flashbias.attention.call import HALF, Call
 from flashbias.attention.hopper.configs import ready_columns
+from flashbias.attention.layout import common, share
 from flashbias.factored import FactoredBias
 
 __all__ = ["is_slower", "run", "unavailable", "unsupported"]
@@ -27,6 +29,12 @@ UNEVEN = 2
 
 SHORT = 128
 """Queries that do not fill one tile."""
+
+WINDOW = 64
+"""Tokens of a window that one tile holds."""
+
+WIDEST_OF_WINDOW = 64
+"""Widest head of such a window."""
 
 FEWEST_QUERIES = 17
 """Fewer queries than this leave most of a tile empty."""
@@ -119,7 +127,26 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
 
 def is_slower(call: Call) -> bool:
     """Whether the portable kernels should be faster (docs/kernels.md); the limits lie between what was measured."""
-    return call.seqlen_q <= SHORT or _is_uneven(call.bias)
+    return (call.seqlen_q <= SHORT and not _are_windows(call)) or _is_uneven(call.bias)
+
+
+def _are_windows(call: Call) -> bool:
+    """Whether short sequences share their bias, so that one program takes many of them (`short.py`)."""
+    query, bias = call.query, call.bias
+    widths = (query.shape[-1], call.value.shape[-1])
+    if max(call.seqlen_q, call.seqlen_k) > WINDOW or max(widths) > WIDEST_OF_WINDOW or call.varlen is not None:
+        return False
+    full, pairs, heads = tuple(query.shape[:-2]), math.prod(query.shape[:-2]), query.shape[-3]
+    leading = [] if call.attn_mask is None else [call.attn_mask.shape[:-2]]
+    if bias is not None and bias.rank > 0:
+        if _columns(call) > packing.WIDEST_CHUNK:
+            return False
+        leading += [bias.phi_q.shape[:-2], bias.phi_k.shape[:-2]]
+    if bias is not None and bias.table is not None:
+        leading.append((*(1 for _ in full[:-1]), bias.table.shape[0]))
+    parts = [share(full, tuple(own)) for own in leading]
+    walk = None if None in parts else common([part for part in parts if part is not None], pairs, heads)
+    return walk is not None and walk.members > 1
 
 
 def _is_uneven(bias: FactoredBias | None) -> bool:
