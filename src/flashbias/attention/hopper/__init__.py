@@ -137,14 +137,14 @@ def _are_windows(call: Call) -> bool:
     if max(call.seqlen_q, call.seqlen_k) > WINDOW or max(widths) > WIDEST_OF_WINDOW or call.varlen is not None:
         return False
     full, pairs, heads = tuple(query.shape[:-2]), math.prod(query.shape[:-2]), query.shape[-3]
-    leading = [] if call.attn_mask is None else [call.attn_mask.shape[:-2]]
+    leading: list[tuple[int, ...]] = [] if call.attn_mask is None else [tuple(call.attn_mask.shape[:-2])]
     if bias is not None and bias.rank > 0:
         if _columns(call) > packing.WIDEST_CHUNK:
             return False
-        leading += [bias.phi_q.shape[:-2], bias.phi_k.shape[:-2]]
+        leading += [tuple(bias.phi_q.shape[:-2]), tuple(bias.phi_k.shape[:-2])]
     if bias is not None and bias.table is not None:
         leading.append((*(1 for _ in full[:-1]), bias.table.shape[0]))
-    parts = [share(full, tuple(own)) for own in leading]
+    parts = [share(full, own) for own in leading]
     walk = None if None in parts else common([part for part in parts if part is not None], pairs, heads)
     return walk is not None and walk.members > 1
 
