@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import math
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor
 from flashbias.attention import packing, registration
 from flashbias.attention.call import HALF, Call
 from flashbias.attention.hopper.configs import ready_columns
-from flashbias.attention.layout import common, share
 from flashbias.factored import FactoredBias
 
 __all__ = ["is_slower", "run", "unavailable", "unsupported"]
@@ -136,17 +135,26 @@ def _are_windows(call: Call) -> bool:
     widths = (query.shape[-1], call.value.shape[-1])
     if max(call.seqlen_q, call.seqlen_k) > WINDOW or max(widths) > WIDEST_OF_WINDOW or call.varlen is not None:
         return False
-    full, pairs, heads = tuple(query.shape[:-2]), math.prod(query.shape[:-2]), query.shape[-3]
-    leading: list[tuple[int, ...]] = [] if call.attn_mask is None else [tuple(call.attn_mask.shape[:-2])]
+    parts = [] if call.attn_mask is None else [call.attn_mask.shape[:-2]]
     if bias is not None and bias.rank > 0:
         if _columns(call) > packing.WIDEST_CHUNK:
             return False
-        leading += [tuple(bias.phi_q.shape[:-2]), tuple(bias.phi_k.shape[:-2])]
+        parts += [bias.phi_q.shape[:-2], bias.phi_k.shape[:-2]]
     if bias is not None and bias.table is not None:
-        leading.append((*(1 for _ in full[:-1]), bias.table.shape[0]))
-    parts = [share(full, own) for own in leading]
-    walk = None if None in parts else common([part for part in parts if part is not None], pairs, heads)
-    return walk is not None and walk.members > 1
+        parts.append(bias.table.shape[:-1])
+    return _share_alike(query.shape[:-2], parts)
+
+
+def _share_alike(full: Sequence[int], parts: Sequence[Sequence[int]]) -> bool:
+    """Whether tensors with these leading sizes are shared over a batch dimension, all in the same way.
+
+    As `layout.common` finds it, by comparisons of sizes alone: compilers trace this with sizes that they do not know.
+    """
+    aligned = [[1] * (len(full) - len(own)) + list(own) for own in parts]
+    varying = [own for own in aligned if any(size != 1 for size in own)]
+    if any(size != first for own in varying[1:] for size, first in zip(own, varying[0], strict=True)):
+        return False
+    return any(size != 1 and all(own[d] == 1 for own in varying) for d, size in enumerate(full[:-1]))
 
 
 def _is_uneven(bias: FactoredBias | None) -> bool:
