@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from benchmarks.fields import vision
-from benchmarks.fields.vision import data, full, small
+from benchmarks.fields.vision import data, full, kernels, small
 from benchmarks.fields.vision.record import Record
 
 
@@ -91,6 +91,16 @@ def test_what_fails_is_a_row_and_a_wrong_result_has_no_time(tmp_path: Path):
     broken, wrong = record.rows
     assert broken["status"] == "error: RuntimeError: no such kernel"
     assert str(wrong["status"]).startswith("wrong") and wrong["ms"] == ""
+
+
+def test_kernels_are_summed_by_name_and_gaps_are_what_lies_between():
+    spans = [("a", 10.0, 14.0), ("b", 0.0, 4.0), ("a", 5.0, 9.0), ("c", 11.0, 12.0)]  # c runs beside a
+    assert kernels.by_name(spans) == [("a", 2, 8.0), ("b", 1, 4.0), ("c", 1, 1.0), ("gaps", 0, 2.0)]
+    many = [(str(i), 2.0 * i, 2.0 * i + 1 + 0.1 * (i < 8)) for i in range(10)]
+    found = kernels.by_name(many)
+    assert [name for name, *_ in found] == [*map(str, range(8)), "others", "gaps"]
+    assert found[-2] == ("others", 2, 2.0) and found[-1][2] == pytest.approx(8 * 0.9 + 1.0)
+    assert kernels.by_name([]) == [("gaps", 0, 0.0)]
 
 
 def test_augmented_images_are_shifted_or_mirrored_ones():

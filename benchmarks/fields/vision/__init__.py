@@ -10,6 +10,7 @@ Parts, in this order; each is written when it is done, and what fails is a row t
 | `layer` | one attention of it: rank and certificate |
 | `speed` | its inference at one batch size |
 | `full` | inference of a SwinV2-B |
+| `kernels` | its time on the GPU, by kernel |
 | `full-step` | a training step of it |
 | `attention` | one attention of it alone |
 
@@ -23,7 +24,8 @@ from pathlib import Path
 
 __all__ = ["add_arguments", "run"]
 
-PARTS = ("small", "full")
+PARTS = ("small", "full", "full-step", "attention")
+"""The first has all parts of the small model, the second `kernels` too."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +52,6 @@ def run(arguments: argparse.Namespace) -> None:
         record = Record(arguments)
         if "small" in arguments.parts:
             small(record)
-        if "full" in arguments.parts:
+        if set(arguments.parts) - {"small"}:
             full(record)
     draw(arguments.out, arguments.picture)
