@@ -37,7 +37,7 @@ class Record:
         self.rows: list[Row] = []
         self.summary: dict[str, object] = {}
         self.began = time.perf_counter()
-        self._earlier, self._about_earlier = read(arguments.out, arguments.subcommand)
+        self.earlier, self._about_earlier = read(arguments.out, arguments.subcommand)
 
     def say(self, text: str) -> None:
         """Tell the user how far things are, and after how many seconds."""
@@ -47,7 +47,7 @@ class Record:
         """Write everything so far."""
         if not self.rows:
             return
-        rows, summary = joined(self._earlier, self._about_earlier, self.rows, self.summary)
+        rows, summary = joined(self.earlier, self._about_earlier, self.rows, self.summary)
         write(self.arguments, rows, summary)
 
     def add(self, part: str, *, quiet: bool = False, **values: object) -> None:

@@ -6,6 +6,7 @@ import argparse
 import csv
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,18 @@ def test_the_files_suffice_for_the_picture(written: Path):
     assert (written / "vision.png").read_bytes() == before
     summary = json.loads((written / "vision.json").read_text())["summary"]
     assert {"test_accuracy", "epochs", "exact table, sharp", "share_of_attention"} <= set(summary)
+
+
+def test_the_small_model_is_timed_again_with_the_tables_that_were_learned(written: Path, tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"vision\.npz, which holds the learned tables, is missing"):
+        vision.run(arguments(tmp_path, "--parts", "small-speed"))
+    shutil.copytree(written, tmp_path, dirs_exist_ok=True)
+    vision.run(arguments(tmp_path, "--parts", "small-speed"))
+    before, after = (list(csv.DictReader((folder / "vision.csv").open())) for folder in (written, tmp_path))
+    assert [row for row in before if row["part"] != "speed"] == [row for row in after if row["part"] != "speed"]
+    same = ("provider", "batch", "tol", "form", "rank", "status")
+    first, second = ([[row[c] for c in same] for row in rows if row["part"] == "speed"] for rows in (before, after))
+    assert len(first) == 4 and first == second
 
 
 def test_what_fails_is_a_row_and_a_wrong_result_has_no_time(tmp_path: Path):

@@ -24,8 +24,10 @@ from pathlib import Path
 
 __all__ = ["add_arguments", "run"]
 
-PARTS = ("small", "full", "full-step", "attention")
-"""The first has all parts of the small model, the second `kernels` too."""
+PARTS = ("small", "small-speed", "full", "full-step", "attention")
+"""`small` is all of the small model, `small-speed` its part `speed` alone; `full` has `kernels` too."""
+
+FULL = {"full", "full-step", "attention"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
     from benchmarks.fields.vision.full import full
     from benchmarks.fields.vision.picture import draw
     from benchmarks.fields.vision.record import Record
-    from benchmarks.fields.vision.small import small
+    from benchmarks.fields.vision.small import small, small_speed
 
     if arguments.fetch:
         fetch()
@@ -52,6 +54,8 @@ def run(arguments: argparse.Namespace) -> None:
         record = Record(arguments)
         if "small" in arguments.parts:
             small(record)
-        if set(arguments.parts) - {"small"}:
+        elif "small-speed" in arguments.parts:
+            small_speed(record)
+        if FULL & set(arguments.parts):
             full(record)
     draw(arguments.out, arguments.picture)
