@@ -82,11 +82,10 @@ def _curves(axis: Any, rows: Sequence[Mapping[str, str]]) -> None:
 def _best_of_each(rows: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
     """Of each form of the bias that can be used the row of least loss, whatever its rank and tuning."""
     best: dict[str, Mapping[str, str]] = {}
-    for row in rows:
+    scores = [row for row in rows if row["part"] == "train" and row["auc"] and "truncated" not in row["what"]]
+    for row in scores:
         form = row["what"].split(",")[0]
-        if row["part"] == "train" and row["auc"] and "truncated" not in form:
-            if form not in best or float(row["loss"]) < float(best[form]["loss"]):
-                best[form] = row
+        best[form] = min(best.get(form, row), row, key=lambda score: float(score["loss"]))
     return list(best.values())
 
 
