@@ -15,7 +15,6 @@ import multiprocessing
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 
 from benchmarks.record import say
@@ -33,9 +32,7 @@ def main() -> None:
     cases = find_cases(options.cases or known, small=options.small, known=known)
     began = time.perf_counter()
     if options.processes > 1:
-        warm = partial(measured, providers=options.providers, device=options.device)
-        with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
-            list(pool.map(warm, cases))
+        compile_all(cases, options)
         say(f"{len(cases)} cases have run once after {time.perf_counter() - began:.0f} s")
     options.out.mkdir(parents=True, exist_ok=True)
     path = run(
@@ -52,6 +49,15 @@ def main() -> None:
         progress=show,
     )
     say(f"written: {path} after {time.perf_counter() - began:.0f} s")
+
+
+def compile_all(cases: list[Case], options: argparse.Namespace) -> None:
+    """Run every case once, many at a time; one that fails is compiled when it is measured."""
+    with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
+        runs = {case: pool.submit(measured, case, options.providers, options.device) for case in cases}
+        for case, done in runs.items():
+            if (error := done.exception()) is not None:
+                say(f"{case.name} did not run beside the others: {error}")
 
 
 def measured(case: Case, providers: list[str], device: str) -> None:
