@@ -79,8 +79,6 @@ def unsupported(call: Call) -> str | None:
     for name, size in (("head_dim", query.shape[-1]), ("head_dim_v", value.shape[-1])):
         if size > WIDEST_HEAD or size % NARROWEST_STEP:
             return f"{name} {size} is no multiple of {NARROWEST_STEP} up to {WIDEST_HEAD}"
-    if call.varlen is not None:
-        return "packed batches (cu_seqlens)"
     if call.attn_mask is not None and call.attn_mask.shape[-2] > 1:
         return "an attn_mask that differs between queries"
     if call.dropout_p > 0:
@@ -93,8 +91,8 @@ def unsupported(call: Call) -> str | None:
 def _unsupported_bias(call: Call) -> str | None:
     bias, query = call.bias, call.query
     assert bias is not None
-    is_packed = packing.is_packed(bias.phi_q, bias.phi_k, query.dtype)
-    if is_packed and bias.rank > WIDEST_CENTRED and packing.is_tile_centred(call.seqlen_k, query.dtype):
+    is_centred = call.varlen is None and packing.is_packed(bias.phi_q, bias.phi_k, query.dtype)
+    if is_centred and bias.rank > WIDEST_CENTRED and packing.is_tile_centred(call.seqlen_k, query.dtype):
         return f"float32 factors of rank {bias.rank}, more than {WIDEST_CENTRED}, beside {call.seqlen_k} keys"
     if bias.ranks is not None and {bias.phi_q.shape[-3], bias.phi_k.shape[-3]} != {len(bias.ranks)}:
         return "ranks that differ between heads which share a factor"
@@ -130,8 +128,12 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
 
 
 def is_slower(call: Call) -> bool:
-    """Whether the portable kernels should be faster (docs/kernels.md); the limits lie between what was measured."""
-    return call.seqlen_q <= SHORT or _is_uneven(call.bias)
+    """Whether the portable kernels should be faster (docs/kernels.md); the limits lie between what was measured.
+
+    Of a packed batch the mean length is what counts: it is known without waiting for the GPU.
+    """
+    sequences = 1 if call.varlen is None else max(call.varlen.cu_seqlens_q.shape[0] - 1, 1)
+    return call.seqlen_q <= SHORT * sequences or _is_uneven(call.bias)
 
 
 def _is_uneven(bias: FactoredBias | None) -> bool:
