@@ -25,6 +25,7 @@ class VarlenCase:
     kv_heads: int | None = None
     rank: int = 5
     phi_k_heads: int = 2
+    head_dim: int = 16
     table: int | None = None
     with_lse: bool = False
     options: dict[str, Any] = field(default_factory=dict)
@@ -33,7 +34,7 @@ class VarlenCase:
         lengths_q, lengths_k = (tuple(stretch * n for n in lengths) for lengths in (self.lengths_q, self.lengths_k))
         case = Case(
             self.name, batch=(), heads=self.heads, kv_heads=self.kv_heads, n=sum(lengths_q), m=sum(lengths_k),
-            rank=self.rank, phi_q=(1,), phi_k=(self.phi_k_heads,), table=self.table,
+            head_dim=self.head_dim, rank=self.rank, phi_q=(1,), phi_k=(self.phi_k_heads,), table=self.table,
         )  # fmt: skip
         problem = case.build(dtype, device)
         for name in ("query", "key", "value"):  # tokens first

@@ -601,7 +601,8 @@ def _checked_layout(
         max_seqlen_q = _longest("cu_seqlens_q", cu_seqlens_q, query.shape[0])
     if max_seqlen_k is None:
         max_seqlen_k = _longest("cu_seqlens_k", cu_seqlens_k, key.shape[0])
-    return VarlenLayout(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    # Kernels read starts one after the other.
+    return VarlenLayout(cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), max_seqlen_q, max_seqlen_k)
 
 
 def _longest(name: str, cu: Tensor, tokens: int) -> int:

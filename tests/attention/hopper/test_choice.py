@@ -46,6 +46,12 @@ def call(
     return replace(plain, **changes)
 
 
+def packed(sequences: int) -> VarlenLayout:
+    """Lengths that the host does not know."""
+    cu = empty(sequences + 1, dtype=torch.int32)
+    return VarlenLayout(cu, cu, 64, 64)
+
+
 class TestUnsupported:
     @pytest.mark.parametrize(
         "changes",
@@ -82,7 +88,6 @@ class TestUnsupported:
             ({"head_dim": 132}, "head_dim 132"),
             ({"head_dim_v": 264}, "head_dim_v 264"),
             ({"head_dim_v": 12}, "head_dim_v 12"),
-            ({"varlen": True}, "packed batches"),
             ({"attn_mask": True}, "attn_mask that differs between queries"),
             ({"dropout_p": 0.25}, "dropout_p 0.25"),
             ({"n": 16}, "16 queries, fewer than 17"),
@@ -90,12 +95,18 @@ class TestUnsupported:
         ids=str,
     )
     def test_what_they_cannot_is_named(self, changes: dict[str, Any], message: str) -> None:
-        if "varlen" in changes:
-            cu = empty(3, dtype=torch.int32)
-            changes = {"varlen": VarlenLayout(cu, cu, 40, 40)}
         if "attn_mask" in changes:
             changes = {"attn_mask": empty(64, 64, dtype=torch.bool)}
         assert message in str(hopper.unsupported(call(**changes)))
+
+    def test_packed_batches(self) -> None:
+        """Nothing is centred in them, so that wide float32 factors are taken beside any number of keys."""
+        many = packing.TILE_CENTRE_FROM + 1
+        assert hopper.unsupported(call(varlen=packed(2))) is None
+        assert (
+            hopper.unsupported(call(n=many, m=many, bias=factors(20, many, many, torch.float32), varlen=packed(2)))
+            is None
+        )
 
     def test_tables_and_masks_of_keys(self) -> None:
         bias = fb.FactoredBias(empty(2, 64, 0), empty(2, 64, 0), empty(2, 9))
@@ -218,8 +229,10 @@ class TestChoice:
             ({"n": 512, "m": 512, "bias": factors(100, 512, 512), "scale": 0.1}, False),
             ({"n": 512, "m": 512, "head_dim": 32, "bias": factors(32, 512, 512), "scale": 0.1}, False),
             ({"n": 512, "m": 512, "head_dim": 32, "bias": factors(128, 512, 512), "scale": 0.1}, False),
+            ({"n": 516, "m": 512, "varlen": packed(4)}, False),
+            ({"n": 512, "m": 512, "varlen": packed(4)}, True),
         ],
-        ids=["plain", "short", "rank 16", "rank 100", "narrow, rank 32", "narrow, rank 128"],
+        ids=["plain", "short", "rank 16", "rank 100", "narrow, rank 32", "narrow, rank 128", "packed", "packed, short"],
     )
     def test_where_it_is_slower(self, changes: dict[str, Any], expected: bool) -> None:
         assert hopper.is_slower(call(**changes)) == expected

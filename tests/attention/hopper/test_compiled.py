@@ -16,7 +16,7 @@ from tests.conftest import INTERPRETED
 
 import flashbias as fb
 from flashbias.attention import registration
-from flashbias.attention.call import Call
+from flashbias.attention.call import Call, VarlenLayout
 
 pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon", reason="this release of triton has no Gluon")
@@ -68,6 +68,7 @@ class Shape:
     codes: bool = False
     mask: tuple[int, ...] = ()
     factor_dtype: torch.dtype | None = None  # that of the queries
+    sequences: int = 0  # of a packed batch
 
     def __str__(self) -> str:
         return self.name
@@ -80,6 +81,11 @@ class Shape:
 
         dv = self.head_dim_v or self.head_dim
         query, key, value = (empty(1, 4, self.n, width) for width in (self.head_dim, self.head_dim, dv))
+        varlen = None
+        if self.sequences:
+            query, key, value = (empty(self.n, 4, x.shape[-1]).transpose(0, 1) for x in (query, key, value))
+            cu = torch.empty(self.sequences + 1, dtype=torch.int32, device="meta")
+            varlen = VarlenLayout(cu, cu, self.n, self.n)
         phi_q, phi_k = (empty(4, self.n, self.rank, dtype=self.factor_dtype or self.dtype) for _ in range(2))
         table = torch.empty(4, self.table, device="meta") if self.table else None
         codes = [torch.empty(self.n, dtype=torch.int32, device="meta")] * 2 if self.codes else [None, None]
@@ -87,7 +93,7 @@ class Shape:
         mask = torch.empty(self.mask, dtype=torch.bool, device="meta") if self.mask else None
         return Call(
             query, key, value, bias, mask, *self.window, bottom_right=False, scale=self.head_dim**-0.5,
-            dropout_p=0.0, deterministic=False, return_lse=False,
+            dropout_p=0.0, deterministic=False, return_lse=False, varlen=varlen,
         )  # fmt: skip
 
 
@@ -121,6 +127,14 @@ FORWARD_ONLY = [
     Shape("256-wide-factors-tail", head_dim=256, n=200, rank=128),
     Shape("256-widest-factors", head_dim=256, n=1024, rank=256),
     Shape("256-centres", head_dim=256, n=40_000, rank=8, factor_dtype=torch.float32),
+    Shape("16-packed", head_dim=16, rank=5, n=3000, sequences=7, factor_dtype=torch.float32),
+    Shape("32-packed-table-codes", head_dim=32, rank=0, n=3000, sequences=7, table=99, codes=True),
+    Shape("64-packed", head_dim=64, n=3000, sequences=7),
+    Shape("64-packed-causal", head_dim=64, n=3000, sequences=7, window=(None, 0)),
+    Shape("64-packed-window-plain", head_dim=64, rank=0, n=3000, sequences=7, window=(100, 20)),
+    Shape("128-packed-causal", head_dim=128, n=3000, sequences=7, window=(None, 0)),
+    Shape("128-packed-v-64", head_dim=128, head_dim_v=64, n=3000, sequences=7),
+    Shape("256-packed-causal", head_dim=256, n=3000, sequences=7, window=(None, 0)),
     Shape("32-mask-of-keys-table", head_dim=32, rank=0, n=512, table=99, mask=(1, 1, 1, 512)),
 ]
 """Calls whose gradients come from the portable kernels."""
@@ -139,6 +153,12 @@ SPILLS = {
     "64-centres": {"12.9": (432, 0), "13.1": (1012, 0)},
     "128-centres-causal": {"12.9": (108, 0), "13.1": (140, 0)},
     "128-centres-float16": {"12.9": (40, 0), "13.1": (180, 0)},
+    "64-packed": {"12.9": (0, 0), "13.1": (188, 0)},
+    "64-packed-causal": {"12.9": (108, 0), "13.1": (484, 0)},
+    "64-packed-window-plain": {"12.9": (196, 0), "13.1": (984, 0)},
+    "128-packed-causal": {"12.9": (16, 0), "13.1": (32, 0)},
+    "128-packed-v-64": {"12.9": (0, 0), "13.1": (24, 0)},
+    "256-packed-causal": {"12.9": (4, 0), "13.1": (92, 0)},
     "256": {"12.9": (0, 0), "13.1": (8, 0)},
     "256-causal": {"12.9": (0, 0), "13.1": (108, 0)},
     "256-table-mask": {"12.9": (20, 0), "13.1": (156, 0)},
@@ -273,7 +293,7 @@ def forward_products(ops: HopperOperands, config: Config) -> int:
     last P V behind it.
     """
     scores = (ops.block_d + ops.columns) // STEP
-    is_whole = ops.shape.is_banded or ops.is_tile_centred
+    is_whole = ops.shape.is_banded or ops.is_tile_centred or ops.is_varlen
     tail = 0 if is_whole else tail_of(config, ops.seqlen_k)
     weighted = 2 * config.block_n + tail
     return config.consumers * ((3 if tail else 2) * scores + weighted // STEP)

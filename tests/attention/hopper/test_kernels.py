@@ -24,6 +24,7 @@ from tests.attention.oracle import (
 from tests.attention.problem import LEAVES, Case, Problem
 from tests.attention.suite import AttentionSuite
 from tests.attention.triton import test_long as far
+from tests.attention.varlen import VARLEN, VarlenCase
 
 import flashbias as fb
 from flashbias.attention import packing
@@ -159,7 +160,7 @@ PLAIN = Case("plain", n=40, m=70, heads=2)
 
 
 class TestHopper(AttentionSuite):
-    """The kernels take half precision alone, without dropout, packed batches and masks of pairs.
+    """The kernels take half precision alone, without dropout and masks of pairs.
 
     What the suite asks for in float32 is asked for in bfloat16 here.
     """
@@ -300,17 +301,15 @@ class TestHopper(AttentionSuite):
         with pytest.raises(NotImplementedError, match=r"impl='hopper'.*dropout_p 0.5"):
             problem.attend(self.impl, leaves, dropout_p=0.5)
 
-    def test_packed_batches_raise(self) -> None:
-        q, k, v = (torch.randn(40, 2, 16, device=self.device).bfloat16() for _ in range(3))
-        cu = torch.tensor([0, 7, 40], dtype=torch.int32, device=self.device)
-        with pytest.raises(NotImplementedError, match=r"impl='hopper'.*packed batches"):
-            fb.varlen_attention(q, k, v, cu, cu, impl=self.impl)
+    @pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES)
+    @pytest.mark.parametrize("varlen", VARLEN, ids=lambda case: case.name)
+    def test_varlen_is_attention_of_each_sequence(self, varlen: VarlenCase, dtype: torch.dtype) -> None:  # type: ignore[override]
+        super().test_varlen_is_attention_of_each_sequence(varlen, dtype)
 
-    # What the suite asks for beyond that, in float32, needs dropout or packed batches.
+    # What the suite asks for beyond that, in float32, needs dropout.
     test_what_is_supported_works = None  # type: ignore[assignment]
     test_dropout_keeps_its_share = None  # type: ignore[assignment]
     test_dropout_gradients_know_what_was_dropped = None  # type: ignore[assignment]
-    test_varlen_is_attention_of_each_sequence = None  # type: ignore[assignment]
     test_varlen_does_not_leak = None  # type: ignore[assignment]
 
 
@@ -420,6 +419,116 @@ class TestTablesAndMasks:
         """Some parts see no key."""
         case = Case("cut", n=200, m=3000, batch=(1,), heads=1, rank=0, table=33, mask="padding")
         check(case.build(torch.bfloat16, DEVICE))
+
+
+class TestPackedBatches:
+    """Sequences of different lengths, one after the other."""
+
+    @pytest.fixture(autouse=True)
+    def _buffers(self, nan_filled_buffers: None) -> None:
+        """NaN in every buffer."""
+
+    LENGTHS = ((130, 0, 64, 1, 300, 200, 129, 63), (97, 40, 64, 260, 0, 200, 128, 1))
+    BANDS = (
+        {},
+        CAUSAL,
+        BOTTOM_RIGHT,
+        {"window": (70, 20)},
+        {"window": (40, None), "causal_alignment": "bottom_right"},
+    )
+
+    @staticmethod
+    def check(case: VarlenCase, dtype: torch.dtype = torch.bfloat16) -> None:
+        """Output, log-sum-exp and all gradients."""
+        packed = case.build(dtype, DEVICE)
+        leaves = packed.leaves()
+        packed.assert_close_to_oracle(leaves, *packed.attend("hopper", leaves, return_lse=True))
+
+    @pytest.mark.parametrize("options", BANDS, ids=str)
+    @pytest.mark.parametrize("rank", [0, 5, 20])
+    @pytest.mark.parametrize("head_dim", [16, 32, 64, 128, 256])
+    def test_every_width(self, head_dim: int, rank: int, options: dict[str, Any]) -> None:
+        self.check(VarlenCase("widths", *self.LENGTHS, head_dim=head_dim, rank=rank, with_lse=True, options=options))
+
+    @pytest.mark.parametrize("options", BANDS, ids=str)
+    @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (6, 1), (1, None), (3, None)])
+    def test_heads(self, heads: int, kv_heads: int | None, options: dict[str, Any]) -> None:
+        for phi_k_heads in {1, heads}:
+            self.check(
+                VarlenCase("heads", *self.LENGTHS, heads, kv_heads, 3, phi_k_heads, options=options), torch.float16
+            )
+
+    @pytest.mark.parametrize("options", BANDS, ids=str)
+    @pytest.mark.parametrize("head_dim", [32, 128])
+    def test_tables(self, head_dim: int, options: dict[str, Any]) -> None:
+        """By positions within each sequence."""
+        self.check(VarlenCase("table", *self.LENGTHS, rank=3, table=65, head_dim=head_dim, options=options))
+
+    def test_codes(self) -> None:
+        """Of packed tokens."""
+        case = VarlenCase("codes", (70, 190), (130, 150), rank=0, table=41, head_dim=64)
+        packed = case.build(torch.bfloat16, DEVICE)
+        t = packed.tensors
+        codes = [
+            torch.randint(0, 30, (sum(lengths),), device=DEVICE) for lengths in (packed.lengths_q, packed.lengths_k)
+        ]
+        bias = fb.FactoredBias(t["phi_q"], t["phi_k"], t["table"], *codes)
+        cu = [torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=DEVICE) for lengths in
+              (packed.lengths_q, packed.lengths_k)]  # fmt: skip
+        found, right = (
+            fb.varlen_attention(*(t[name].to(dtype) for name in ("query", "key", "value")), *cu, bias, impl=impl)
+            for impl, dtype in (("hopper", torch.bfloat16), ("reference", torch.float64))
+        )
+        assert (found - right).norm() <= 4 * UNIT_ROUNDOFF[torch.bfloat16] * right.norm()
+
+    @pytest.mark.parametrize("poison", [1e4, torch.nan, torch.inf], ids=str)
+    @pytest.mark.parametrize("head_dim", [16, 64, 128, 256])
+    @pytest.mark.parametrize("options", BANDS, ids=str)
+    def test_nothing_leaks(self, options: dict[str, Any], head_dim: int, poison: float) -> None:
+        """What stands in the other sequences changes no bit of a sequence's output and log-sum-exp."""
+        packed = VarlenCase("leak", (17, 150, 40), (19, 100, 7), rank=5, head_dim=head_dim, options=options).build(
+            torch.bfloat16, DEVICE
+        )
+        clean = packed.attend("hopper", packed.tensors, return_lse=True)
+        ends_q, ends_k = (list(itertools.accumulate((0, *x))) for x in (packed.lengths_q, packed.lengths_k))
+        for s in range(3):
+            own_q, own_k = slice(ends_q[s], ends_q[s + 1]), slice(ends_k[s], ends_k[s + 1])
+            tensors = {}
+            for name, x in packed.tensors.items():
+                own, axis = (own_q if name in ("query", "phi_q") else own_k), int(name.startswith("phi"))
+                tensors[name] = torch.full_like(x, poison)
+                tensors[name].transpose(0, axis)[own] = x.transpose(0, axis)[own]
+            for found, right in zip(packed.attend("hopper", tensors, return_lse=True), clean, strict=True):
+                assert torch.equal(found[own_q], right[own_q])
+
+    def test_more_blocks_than_programs(self) -> None:
+        """Every program takes several, the last turn is not full; lengths in any order."""
+        lengths = tuple(random.Random(1).choices(range(1, 500), k=60))
+        for options in self.BANDS:
+            case = VarlenCase("many", lengths, lengths[::-1], 3, rank=2, phi_k_heads=1, head_dim=64, options=options)
+            packed = case.build(torch.bfloat16, DEVICE)
+            leaves = {name: x.detach() for name, x in packed.tensors.items()}
+            found, lse = packed.attend("hopper", leaves, return_lse=True)
+            right, right_lse = packed.attend("triton", leaves, return_lse=True)
+            assert (found.float() - right.float()).norm() <= 2 * UNIT_ROUNDOFF[torch.bfloat16] * right.float().norm()
+            torch.testing.assert_close(lse, right_lse, atol=1e-4, rtol=1e-5)
+
+    def test_the_host_never_waits(self) -> None:
+        packed = VarlenCase("sync", (200, 300), (300, 200), head_dim=64).build(torch.bfloat16, DEVICE)
+        cu_q, cu_k = (torch.tensor([0, *itertools.accumulate(x)], dtype=torch.int32, device=DEVICE) for x in
+                      (packed.lengths_q, packed.lengths_k))  # fmt: skip
+        bias = fb.FactoredBias(packed.tensors["phi_q"], packed.tensors["phi_k"])
+        tensors = [packed.tensors[name] for name in ("query", "key", "value")]
+
+        def once() -> Any:
+            return fb.varlen_attention(*tensors, cu_q, cu_k, bias, max_seqlen_q=300, max_seqlen_k=300, impl="hopper")
+
+        once()  # compiles
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            once()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 class TestWideHeads:

@@ -156,6 +156,14 @@ class KernelSuite:
         assert torch.equal(exact, loose)  # type: ignore[arg-type]
 
 
+    def test_varlen_starts_may_be_strided(self) -> None:
+        q, k, v = (torch.randn(40, 2, 16, device=self.device) for _ in range(3))
+        wide = torch.tensor([[0, 5], [7, 5], [40, 5]], dtype=torch.int32, device=self.device)
+        strided, packed = wide[:, 0], wide[:, 0].contiguous()
+        made = fb.varlen_attention(q, k, v, strided, strided, impl="triton")
+        assert torch.equal(made, fb.varlen_attention(q, k, v, packed, packed, impl="triton"))  # type: ignore[arg-type]
+
+
 @pytest.mark.interpreter
 class TestKernelsInterpreted(KernelSuite):
     pass

@@ -86,8 +86,6 @@ def unsupported(call: Call) -> str | None:
     for name, size in (("head_dim", query.shape[-1]), ("head_dim_v", value.shape[-1])):
         if size > WIDEST_HEAD or size % NARROWEST_STEP:
             return f"{name} {size} is no multiple of {NARROWEST_STEP} up to {WIDEST_HEAD}"
-    if call.varlen is not None:
-        return "packed batches (cu_seqlens)"
     if call.attn_mask is not None and call.attn_mask.shape[-2] > 1:
         return "an attn_mask that differs between queries"
     if call.dropout_p > 0:
@@ -100,8 +98,8 @@ def unsupported(call: Call) -> str | None:
 def _unsupported_bias(call: Call) -> str | None:
     bias, query = call.bias, call.query
     assert bias is not None
-    is_packed = packing.is_packed(bias.phi_q, bias.phi_k, query.dtype)
-    if is_packed and bias.rank > WIDEST_CENTRED and packing.is_tile_centred(call.seqlen_k, query.dtype):
+    is_centred = call.varlen is None and packing.is_packed(bias.phi_q, bias.phi_k, query.dtype)
+    if is_centred and bias.rank > WIDEST_CENTRED and packing.is_tile_centred(call.seqlen_k, query.dtype):
         return f"float32 factors of rank {bias.rank}, more than {WIDEST_CENTRED}, beside {call.seqlen_k} keys"
     if bias.ranks is not None and {bias.phi_q.shape[-3], bias.phi_k.shape[-3]} != {len(bias.ranks)}:
         return "ranks that differ between heads which share a factor"
@@ -137,36 +135,12 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
 
 
 def is_slower(call: Call) -> bool:
-    """Whether the portable kernels should be faster (docs/kernels.md); the limits lie between what was measured."""
-    return (call.seqlen_q <= SHORT and not _are_windows(call)) or _is_uneven(call.bias)
+    """Whether the portable kernels should be faster (docs/kernels.md); the limits lie between what was measured.
 
-
-def _are_windows(call: Call) -> bool:
-    """Whether short sequences share their bias, so that one program takes many of them (`short.py`)."""
-    query, bias = call.query, call.bias
-    widths = (query.shape[-1], call.value.shape[-1])
-    if max(call.seqlen_q, call.seqlen_k) > WINDOW or max(widths) > WIDEST_OF_WINDOW or call.varlen is not None:
-        return False
-    parts = [] if call.attn_mask is None else [call.attn_mask.shape[:-2]]
-    if bias is not None and bias.rank > 0:
-        if _columns(call) > packing.WIDEST_CHUNK:
-            return False
-        parts += [bias.phi_q.shape[:-2], bias.phi_k.shape[:-2]]
-    if bias is not None and bias.table is not None:
-        parts.append(bias.table.shape[:-1])
-    return _share_alike(query.shape[:-2], parts)
-
-
-def _share_alike(full: Sequence[int], parts: Sequence[Sequence[int]]) -> bool:
-    """Whether tensors with these leading sizes are shared over a batch dimension, all in the same way.
-
-    As `layout.common` finds it, by comparisons of sizes alone: compilers trace this with sizes that they do not know.
+    Of a packed batch the mean length is what counts: it is known without waiting for the GPU.
     """
-    aligned = [[1] * (len(full) - len(own)) + list(own) for own in parts]
-    varying = [own for own in aligned if any(size != 1 for size in own)]
-    if any(size != first for own in varying[1:] for size, first in zip(own, varying[0], strict=True)):
-        return False
-    return any(size != 1 and all(own[d] == 1 for own in varying) for d, size in enumerate(full[:-1]))
+    sequences = 1 if call.varlen is None else max(call.varlen.cu_seqlens_q.shape[0] - 1, 1)
+    return call.seqlen_q <= SHORT * sequences or _is_uneven(call.bias)
 
 
 def _is_uneven(bias: FactoredBias | None) -> bool:

@@ -23,17 +23,18 @@ from flashbias.attention.hopper.gluon import (
     warpgroup_mma_wait,
 )
 from flashbias.attention.hopper.join import join
-from flashbias.attention.hopper.operands import HALF_BYTES, HopperOperands, Shape, descriptor, matrix
-from flashbias.attention.hopper.schedule import Band, Schedule, banded, unbanded
+from flashbias.attention.hopper.operands import HALF_BYTES, HopperOperands, Shape, descriptor, matrix, packed
+from flashbias.attention.hopper.schedule import Band, Schedule, banded, jagged, unbanded
 from flashbias.attention.hopper.scores import centring_of, first_terms, masked, softmax, tile_offset
 from flashbias.attention.hopper.tiles import (
     ROWS,
     key_tiles,
-    own_index,
+    owner_of,
     part_of,
-    tile_of,
+    place_in_batch,
     turns_of,
     unit_of,
+    units_of,
 )
 from flashbias.attention.layout import cdiv
 from flashbias.attention.triton.assembler import soundly_assembled
@@ -43,52 +44,57 @@ from flashbias.attention.triton.primitives import LN2, LOG2E
 
 @jit
 def _produce(
-    q_desc, k_desc, v_desc, pq_desc, pk_desc, q_smem, k_smem, v_smem, pq_smem, pk_smem,
-    q_full, q_empty, k_full, v_full, empty,
-    units, whole, parts, part_tiles, heads, pairs, num_blocks, num_heads, group, seqlen_k, shift, left, right,
-    pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, IS_SPLIT: gl.constexpr, ALTERNATES: gl.constexpr,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_PHI: gl.constexpr, CONSUMERS: gl.constexpr,
-    Q_STAGES: gl.constexpr, STAGES: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
-    BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr,
+    descriptors, buffers, barriers, deal, batch, group, left, right, owners_q, owners_k,
+    IS_VARLEN: gl.constexpr, IS_SPLIT: gl.constexpr, ALTERNATES: gl.constexpr, HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr, HAS_PHI: gl.constexpr, CONSUMERS: gl.constexpr, Q_STAGES: gl.constexpr,
+    STAGES: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr,
 ):  # fmt: skip
     """The loading warp: queries of every tile, and the keys and values that they see, last keys first."""
     BLOCK_M: gl.constexpr = ROWS * CONSUMERS
     q_bytes: gl.constexpr = 2 * ROWS * (BLOCK_D + (BLOCK_R if HAS_PHI else 0))
     k_bytes: gl.constexpr = 2 * BLOCK_N * (BLOCK_D + (BLOCK_R if HAS_PHI else 0))
     v_bytes: gl.constexpr = 2 * BLOCK_N * BLOCK_DV
+    q_desc, k_desc, v_desc, pq_desc, pk_desc = descriptors
+    q_smem, k_smem, v_smem, pq_smem, pk_smem = buffers
+    q_full, q_empty, k_full, v_full, empty = barriers
     step = 0
+    walk = (-1, 0)
+    units = units_of(deal, batch, IS_VARLEN, BLOCK_M)
     for turn in range(turns_of(units, ALTERNATES)):
-        unit = unit_of(turn, ALTERNATES)
-        b, h, bh, block, part = tile_of(
-            unit, whole, parts, num_blocks, num_heads, pairs, heads, IS_SPLIT, HAS_LEFT or HAS_RIGHT
+        walk, h, bh, block, part, queries, keys, diagonal = place_in_batch(
+            unit_of(turn, ALTERNATES), walk, deal, batch, IS_VARLEN, IS_SPLIT, HAS_LEFT or HAS_RIGHT, BLOCK_M
         )
+        base_q = queries[0]
+        b_q = queries[2]
+        row_q = queries[3]
+        base_k, own_k, b_k, row_k = keys
         start_m = block * BLOCK_M
-        f_q = own_index(bh, pq_s1, pq_v2, pq_s2)
-        f_k = own_index(bh, pk_s1, pk_v2, pk_s2)
+        f_q = owner_of(bh, owners_q)
+        f_k = owner_of(bh, owners_k)
         lo, full_lo, full_hi, hi = key_tiles(
-            start_m, seqlen_k, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
+            start_m, own_k, diagonal, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
         )
         if IS_SPLIT:
-            lo, full_lo, full_hi, hi = part_of(lo, full_lo, full_hi, hi, part, part_tiles)
+            lo, full_lo, full_hi, hi = part_of(lo, full_lo, full_hi, hi, part, deal[3])
         for w in gl.static_range(CONSUMERS):
             place = w * Q_STAGES + turn % Q_STAGES
             mbarrier.wait(q_empty.index(place), ((turn // Q_STAGES) & 1) ^ 1)
             mbarrier.expect(q_full.index(place), q_bytes)
-            load(q_desc, [b, h, start_m + w * ROWS, 0], q_full.index(place), q_smem.index(place))
+            load(q_desc, [b_q, h, row_q + start_m + w * ROWS, 0], q_full.index(place), q_smem.index(place))
             if HAS_PHI:
-                load(pq_desc, [f_q, start_m + w * ROWS, 0], q_full.index(place), pq_smem.index(place))
+                load(pq_desc, [f_q, base_q + start_m + w * ROWS, 0], q_full.index(place), pq_smem.index(place))
         for n in range(hi - lo):
             start_n = (hi - 1 - n) * BLOCK_N
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
             mbarrier.expect(k_full.index(stage), k_bytes)
-            load(k_desc, [b, h // group, start_n, 0], k_full.index(stage), k_smem.index(stage))
+            load(k_desc, [b_k, h // group, row_k + start_n, 0], k_full.index(stage), k_smem.index(stage))
             if HAS_PHI:
-                load(pk_desc, [f_k, start_n, 0], k_full.index(stage), pk_smem.index(stage))
+                load(pk_desc, [f_k, base_k + start_n, 0], k_full.index(stage), pk_smem.index(stage))
             # A step frees its keys and the values of the step before.
             mbarrier.wait(empty.index((step + 1) % STAGES), (((step + 1) // STAGES) & 1) ^ 1)
             mbarrier.expect(v_full.index(stage), v_bytes)
-            load(v_desc, [b, h // group, start_n, 0], v_full.index(stage), v_smem.index(stage))
+            load(v_desc, [b_k, h // group, row_k + start_n, 0], v_full.index(stage), v_smem.index(stage))
             step += 1
 
 
@@ -167,31 +173,28 @@ def _step(acc, p, m_i, l_i, step, start_n, q, pq, q_full, q_phase, k_smem, v_sme
 
 
 @jit
-def _store_rows(acc, lse, o_desc, o_smem, lse_ptr, b, h, bh, start_m, seqlen_q, BLOCK_DV: gl.constexpr,
-                O_IN_Q: gl.constexpr, o_smem_layout: gl.constexpr, rows: gl.constexpr):  # fmt: skip
+def _store_rows(acc, lse, o_desc, o_smem, lse_ptr, queries, h, start_m, BLOCK_DV: gl.constexpr, O_IN_Q: gl.constexpr,
+                o_smem_layout: gl.constexpr, rows: gl.constexpr):  # fmt: skip
     """Write the output through shared memory, and the log-sum-exp."""
+    base_q, own_q, b_q, row_q = queries
     if not O_IN_Q:
         store_wait(0)
     o_smem._reinterpret(o_smem.dtype, [ROWS, BLOCK_DV], o_smem_layout).store(acc.to(o_smem.dtype))
     fence_async_shared()
-    store(o_desc, [b, h, start_m, 0], o_smem)
+    store(o_desc, [b_q, h, row_q + start_m, 0], o_smem)
     i = start_m + gl.arange(0, ROWS, rows)
-    gl.store(lse_ptr + bh.to(gl.int64) * seqlen_q + i, lse, mask=i < seqlen_q)
+    gl.store(lse_ptr + base_q + i, lse, mask=i < own_q)
 
 
 @jit
 def _consume(
-    w: gl.constexpr, o_desc, lse_ptr, part_ptr, part_lse_ptr, table_ptr, code_q_ptr, code_k_ptr, terms_ptr,
-    q_smem, k_smem, v_smem, pq_smem, pk_smem, o_smem,
-    q_full, q_empty, k_full, v_full, empty, order,
-    units, whole, parts, part_tiles, heads, pairs, num_blocks, num_heads, seqlen_q, seqlen_k, shift, left, right,
-    qk_scale, stride_table, half, stride_terms, mask_s1, mask_v2, mask_s2, centring, IS_SPLIT: gl.constexpr,
-    ALTERNATES: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_EDGE: gl.constexpr,
-    HAS_PHI: gl.constexpr, HAS_TABLE: gl.constexpr, HAS_CODES: gl.constexpr, HAS_TERMS: gl.constexpr,
-    RANK: gl.constexpr, ORDERED: gl.constexpr,
+    w: gl.constexpr, o_desc, lse_ptr, part_ptr, part_lse_ptr, table, codes, terms, centring, buffers, o_smem, barriers,
+    order, deal, batch, left, right, qk_scale,
+    IS_VARLEN: gl.constexpr, IS_SPLIT: gl.constexpr, ALTERNATES: gl.constexpr, HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr, HAS_EDGE: gl.constexpr, HAS_PHI: gl.constexpr, HAS_TABLE: gl.constexpr,
+    HAS_CODES: gl.constexpr, HAS_TERMS: gl.constexpr, RANK: gl.constexpr, ORDERED: gl.constexpr,
     CONSUMERS: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr, O_IN_Q: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
-    BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr,
     q_layout: gl.constexpr, k_layout: gl.constexpr, v_layout: gl.constexpr, pq_layout: gl.constexpr,
     pk_layout: gl.constexpr, o_smem_layout: gl.constexpr,
 ):  # fmt: skip
@@ -202,17 +205,32 @@ def _consume(
     first_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, first_keys, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     rows: gl.constexpr = gl.SliceLayout(1, s_layout)
+    q_smem, k_smem, v_smem, pq_smem, pk_smem = buffers
+    q_full, q_empty, k_full, v_full, empty = barriers
+    table_ptr, stride_table, half = table
+    code_q_ptr, code_k_ptr = codes
+    terms_ptr, stride_terms, owners_terms = terms
+    whole = deal[1]
+    seqlen_q = batch[4]
     step = 0
+    walk = (-1, 0)
+    units = units_of(deal, batch, IS_VARLEN, BLOCK_M)
     for turn in range(turns_of(units, ALTERNATES)):
         unit = unit_of(turn, ALTERNATES)
-        b, h, bh, block, part = tile_of(
-            unit, whole, parts, num_blocks, num_heads, pairs, heads, IS_SPLIT, HAS_LEFT or HAS_RIGHT
+        walk, h, bh, block, part, queries, keys, diagonal = place_in_batch(
+            unit, walk, deal, batch, IS_VARLEN, IS_SPLIT, HAS_LEFT or HAS_RIGHT, BLOCK_M
         )
+        base_q = queries[0]
+        own_q = queries[1]
+        base_k = keys[0]
+        own_k = keys[1]
+        # The log-sum-exp of (batch, head) lies at a row of its own, that of packed queries at their head's row.
+        own_lse = lse_ptr + bh.to(gl.int64) * seqlen_q
         lo, full_lo, full_hi, hi = key_tiles(
-            block * BLOCK_M, seqlen_k, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
+            block * BLOCK_M, own_k, diagonal, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
         )
         if IS_SPLIT:
-            lo, full_lo, full_hi, hi = part_of(lo, full_lo, full_hi, hi, part, part_tiles)
+            lo, full_lo, full_hi, hi = part_of(lo, full_lo, full_hi, hi, part, deal[3])
         start_m = block * BLOCK_M + w * ROWS
         acc = gl.zeros([ROWS, BLOCK_DV], gl.float32, o_layout)
         m_i = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, first_layout))
@@ -225,21 +243,22 @@ def _consume(
             pq = pq_smem.index(place)._reinterpret(pq_smem.dtype, [ROWS, BLOCK_R], pq_layout)
         first = (hi - 1) * BLOCK_N
         own_table = table_ptr
+        own_code_k = code_k_ptr + base_k
         q_code = gl.full([ROWS], 0, gl.int32, gl.SliceLayout(1, first_layout))
         if HAS_TABLE:
             own_table = table_ptr + h * stride_table + half
             q_code = start_m + gl.arange(0, ROWS, gl.SliceLayout(1, first_layout))
             if HAS_CODES:
-                q_code = gl.load(code_q_ptr + q_code, mask=q_code < seqlen_q, other=0)
+                q_code = gl.load(code_q_ptr + base_q + q_code, mask=q_code < own_q, other=0)
         own_terms = terms_ptr
         if HAS_TERMS:
-            own_terms = terms_ptr + own_index(bh, mask_s1, mask_v2, mask_s2) * stride_terms
+            own_terms = terms_ptr + owner_of(bh, owners_terms) * stride_terms
         own_centring = centring
         offset = m_i
         if RANK > 0:
-            own_centring = centring_of(centring, bh, start_m, seqlen_q, RANK)
+            own_centring = centring_of(centring, bh, start_m, own_q, RANK)
             offset = tile_offset(own_centring, first, RANK, gl.SliceLayout(1, first_layout))
-        s = first_terms(own_table, q_code, code_k_ptr, start_m, first, seqlen_k, half, HAS_TABLE, HAS_CODES, HAS_EDGE,
+        s = first_terms(own_table, q_code, own_code_k, start_m, first, own_k, half, HAS_TABLE, HAS_CODES, HAS_EDGE,
                          first_keys, first_layout)  # fmt: skip
         mbarrier.wait(q_full.index(place), (turn // Q_STAGES) & 1)
         stage = step % STAGES
@@ -252,7 +271,7 @@ def _consume(
         s = warpgroup_mma_wait(0, deps=[s])
         mbarrier.arrive(empty.index(stage))
         if HAS_EDGE:
-            s = masked(s, start_m, first, seqlen_k, shift, left, right, HAS_LEFT, HAS_RIGHT, first_keys,
+            s = masked(s, start_m, first, own_k, diagonal, left, right, HAS_LEFT, HAS_RIGHT, first_keys,
                         first_layout)  # fmt: skip
         if HAS_TERMS:
             s += gl.load(own_terms + first + gl.arange(0, first_keys, gl.SliceLayout(0, first_layout)))[None, :]
@@ -270,9 +289,9 @@ def _consume(
         if TAIL > 0:
             acc, p, m_i, l_i, step = _step(
                 acc, p, m_i, l_i, step, last * BLOCK_N, q, pq, q_full.index(place), (turn // Q_STAGES) & 1, k_smem,
-                v_smem, pk_smem, k_full, v_full, empty, order, w, own_table, q_code, code_k_ptr, half, own_terms,
+                v_smem, pk_smem, k_full, v_full, empty, order, w, own_table, q_code, own_code_k, half, own_terms,
                 own_centring,
-                False, start_m, seqlen_k, shift, left, right, qk_scale, HAS_LEFT, HAS_RIGHT, HAS_PHI,
+                False, start_m, own_k, diagonal, left, right, qk_scale, HAS_LEFT, HAS_RIGHT, HAS_PHI,
                 HAS_TABLE, HAS_CODES, HAS_TERMS, RANK, ORDERED, CONSUMERS, STAGES, TAIL, BLOCK_N, BLOCK_D, BLOCK_DV,
                 BLOCK_R, k_layout, v_layout,
                 pk_layout, s_layout, o_layout,
@@ -282,9 +301,9 @@ def _consume(
             tile = last - n
             acc, p, m_i, l_i, step = _step(
                 acc, p, m_i, l_i, step, tile * BLOCK_N, q, pq, q_full.index(place), (turn // Q_STAGES) & 1, k_smem,
-                v_smem, pk_smem, k_full, v_full, empty, order, w, own_table, q_code, code_k_ptr, half, own_terms,
+                v_smem, pk_smem, k_full, v_full, empty, order, w, own_table, q_code, own_code_k, half, own_terms,
                 own_centring,
-                (tile >= full_hi) | (tile < full_lo), start_m, seqlen_k, shift, left, right, qk_scale,
+                (tile >= full_hi) | (tile < full_lo), start_m, own_k, diagonal, left, right, qk_scale,
                 HAS_LEFT, HAS_RIGHT, HAS_PHI, HAS_TABLE, HAS_CODES, HAS_TERMS, RANK, ORDERED, CONSUMERS, STAGES,
                 BLOCK_N, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, k_layout, v_layout, pk_layout, s_layout, o_layout,
             )  # fmt: skip
@@ -315,11 +334,11 @@ def _consume(
                 gl.store(part_ptr + row[:, None] * BLOCK_DV + column[None, :], acc)
                 gl.store(part_lse_ptr + (unit - whole) * BLOCK_M + w * ROWS + gl.arange(0, ROWS, rows), lse)
             else:
-                _store_rows(acc, lse, o_desc, o_rows, lse_ptr, b, h, bh, start_m, seqlen_q, BLOCK_DV, O_IN_Q,
-                            o_smem_layout, rows)  # fmt: skip
+                _store_rows(acc, lse, o_desc, o_rows, own_lse, queries, h, start_m, BLOCK_DV, O_IN_Q, o_smem_layout,
+                            rows)  # fmt: skip
         else:
-            _store_rows(acc, lse, o_desc, o_rows, lse_ptr, b, h, bh, start_m, seqlen_q, BLOCK_DV, O_IN_Q,
-                        o_smem_layout, rows)  # fmt: skip
+            _store_rows(acc, lse, o_desc, o_rows, own_lse, queries, h, start_m, BLOCK_DV, O_IN_Q, o_smem_layout,
+                        rows)  # fmt: skip
         if O_IN_Q and Q_STAGES == 1:
             store_wait(0)
             mbarrier.arrive(q_empty.index(place))
@@ -336,18 +355,17 @@ def _consume(
 )  # fmt: skip
 def _fwd_kernel(
     q_desc, k_desc, v_desc, o_desc, pq_desc, pk_desc, lse_ptr, part_ptr, part_lse_ptr, table_ptr, code_q_ptr,
-    code_k_ptr, terms_ptr, phi_q_ptr, centre_ptr,
+    code_k_ptr, terms_ptr, phi_q_ptr, centre_ptr, cu_q_ptr, cu_k_ptr,
     units, whole, parts, part_tiles, heads, pairs, num_blocks, num_heads, group, seqlen_q, seqlen_k, shift, left, right,
     scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, stride_table, half, stride_terms, mask_s1, mask_v2,
-    mask_s2, stride_pf, stride_pn, stride_pr, stride_c, references, IS_SPLIT: gl.constexpr, ALTERNATES: gl.constexpr,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_EDGE: gl.constexpr, HAS_PHI: gl.constexpr,
-    HAS_TABLE: gl.constexpr, HAS_CODES: gl.constexpr, HAS_TERMS: gl.constexpr, RANK: gl.constexpr,
-    ORDERED: gl.constexpr,
+    mask_s2, stride_pf, stride_pn, stride_pr, stride_c, references,
+    IS_VARLEN: gl.constexpr, IS_SPLIT: gl.constexpr, ALTERNATES: gl.constexpr, HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr, HAS_EDGE: gl.constexpr, HAS_PHI: gl.constexpr, HAS_TABLE: gl.constexpr,
+    HAS_CODES: gl.constexpr, HAS_TERMS: gl.constexpr, RANK: gl.constexpr, ORDERED: gl.constexpr,
     CONSUMERS: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr, O_IN_Q: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
-    BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, REGISTERS: gl.constexpr,
-    q_layout: gl.constexpr, k_layout: gl.constexpr, v_layout: gl.constexpr, pq_layout: gl.constexpr,
-    pk_layout: gl.constexpr, o_layout: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr,
+    REGISTERS: gl.constexpr, q_layout: gl.constexpr, k_layout: gl.constexpr, v_layout: gl.constexpr,
+    pq_layout: gl.constexpr, pk_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp; a program takes tile after tile of 64 * CONSUMERS queries of one (batch, head)."""
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS * Q_STAGES, 1, 1, ROWS, BLOCK_D], q_desc.layout)
@@ -378,32 +396,34 @@ def _fwd_kernel(
         mbarrier.init(empty.index(stage), count=CONSUMERS)
     fence_async_shared()
     qk_scale = scale * LOG2E
-    centring = (phi_q_ptr, stride_pf, stride_pn, stride_pr, centre_ptr, stride_c, references, pq_s1, pq_v2, pq_s2,
-                pk_s1, pk_v2, pk_s2)  # fmt: skip
+    # Numbers, addresses and buffers go to the partitions in groups, constants one by one.
+    descriptors = (q_desc, k_desc, v_desc, pq_desc, pk_desc)
+    buffers = (q_smem, k_smem, v_smem, pq_smem, pk_smem)
+    barriers = (q_full, q_empty, k_full, v_full, empty)
+    deal = (units, whole, parts, part_tiles, num_blocks, heads)
+    batch = (cu_q_ptr, cu_k_ptr, pairs, num_heads, seqlen_q, seqlen_k, shift)
+    owners_q = (pq_s1, pq_v2, pq_s2)
+    owners_k = (pk_s1, pk_v2, pk_s2)
+    table = (table_ptr, stride_table, half)
+    codes = (code_q_ptr, code_k_ptr)
+    terms = (terms_ptr, stride_terms, (mask_s1, mask_v2, mask_s2))
+    centring = (phi_q_ptr, stride_pf, stride_pn, stride_pr, centre_ptr, stride_c, references, owners_q, owners_k)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume, (0, o_desc, lse_ptr, part_ptr, part_lse_ptr, table_ptr, code_q_ptr, code_k_ptr, terms_ptr,
-                            q_smem, k_smem, v_smem, pq_smem, pk_smem, o_smem, q_full, q_empty, k_full, v_full, empty,
-                            order, units, whole, parts, part_tiles, heads, pairs, num_blocks, num_heads, seqlen_q,
-                            seqlen_k, shift, left, right, qk_scale, stride_table, half, stride_terms, mask_s1, mask_v2,
-                            mask_s2, centring, IS_SPLIT, ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, HAS_TABLE,
-                            HAS_CODES, HAS_TERMS, RANK, ORDERED, CONSUMERS, Q_STAGES, STAGES, TAIL,
-                            O_IN_Q, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, q_layout, k_layout, v_layout, pq_layout,
-                            pk_layout, o_layout)),
-                (_consume, (1, o_desc, lse_ptr, part_ptr, part_lse_ptr, table_ptr, code_q_ptr, code_k_ptr, terms_ptr,
-                            q_smem, k_smem, v_smem, pq_smem, pk_smem, o_smem, q_full, q_empty, k_full, v_full, empty,
-                            order, units, whole, parts, part_tiles, heads, pairs, num_blocks, num_heads, seqlen_q,
-                            seqlen_k, shift, left, right, qk_scale, stride_table, half, stride_terms, mask_s1, mask_v2,
-                            mask_s2, centring, IS_SPLIT, ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, HAS_TABLE,
-                            HAS_CODES, HAS_TERMS, RANK, ORDERED, CONSUMERS, Q_STAGES, STAGES, TAIL,
-                            O_IN_Q, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, q_layout, k_layout, v_layout, pq_layout,
-                            pk_layout, o_layout)),
-                (_produce, (q_desc, k_desc, v_desc, pq_desc, pk_desc, q_smem, k_smem, v_smem, pq_smem, pk_smem,
-                            q_full, q_empty, k_full, v_full, empty, units, whole, parts, part_tiles, heads, pairs,
-                            num_blocks, num_heads, group, seqlen_k, shift, left, right, pq_s1, pq_v2, pq_s2, pk_s1,
-                            pk_v2, pk_s2, IS_SPLIT, ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_PHI, CONSUMERS, Q_STAGES,
-                            STAGES, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R)),
+                (_consume, (0, o_desc, lse_ptr, part_ptr, part_lse_ptr, table, codes, terms, centring, buffers, o_smem,
+                            barriers, order, deal, batch, left, right, qk_scale, IS_VARLEN, IS_SPLIT, ALTERNATES,
+                            HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, HAS_TABLE, HAS_CODES, HAS_TERMS, RANK, ORDERED,
+                            CONSUMERS, Q_STAGES, STAGES, TAIL, O_IN_Q, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, q_layout,
+                            k_layout, v_layout, pq_layout, pk_layout, o_layout)),
+                (_consume, (1, o_desc, lse_ptr, part_ptr, part_lse_ptr, table, codes, terms, centring, buffers, o_smem,
+                            barriers, order, deal, batch, left, right, qk_scale, IS_VARLEN, IS_SPLIT, ALTERNATES,
+                            HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, HAS_TABLE, HAS_CODES, HAS_TERMS, RANK, ORDERED,
+                            CONSUMERS, Q_STAGES, STAGES, TAIL, O_IN_Q, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, q_layout,
+                            k_layout, v_layout, pq_layout, pk_layout, o_layout)),
+                (_produce, (descriptors, buffers, barriers, deal, batch, group, left, right, owners_q, owners_k,
+                            IS_VARLEN, IS_SPLIT, ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_PHI, CONSUMERS, Q_STAGES, STAGES,
+                            BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R)),
             ],
             [4, 1],
             [REGISTERS, 24],
@@ -411,35 +431,24 @@ def _fwd_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume, (0, o_desc, lse_ptr, part_ptr, part_lse_ptr, table_ptr, code_q_ptr, code_k_ptr, terms_ptr,
-                            q_smem, k_smem, v_smem, pq_smem, pk_smem, o_smem, q_full, q_empty, k_full, v_full, empty,
-                            order, units, whole, parts, part_tiles, heads, pairs, num_blocks, num_heads, seqlen_q,
-                            seqlen_k, shift, left, right, qk_scale, stride_table, half, stride_terms, mask_s1, mask_v2,
-                            mask_s2, centring, IS_SPLIT, ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, HAS_TABLE,
-                            HAS_CODES, HAS_TERMS, RANK, ORDERED, CONSUMERS, Q_STAGES, STAGES, TAIL,
-                            O_IN_Q, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, q_layout, k_layout, v_layout, pq_layout,
-                            pk_layout, o_layout)),
-                (_consume, (1, o_desc, lse_ptr, part_ptr, part_lse_ptr, table_ptr, code_q_ptr, code_k_ptr, terms_ptr,
-                            q_smem, k_smem, v_smem, pq_smem, pk_smem, o_smem, q_full, q_empty, k_full, v_full, empty,
-                            order, units, whole, parts, part_tiles, heads, pairs, num_blocks, num_heads, seqlen_q,
-                            seqlen_k, shift, left, right, qk_scale, stride_table, half, stride_terms, mask_s1, mask_v2,
-                            mask_s2, centring, IS_SPLIT, ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, HAS_TABLE,
-                            HAS_CODES, HAS_TERMS, RANK, ORDERED, CONSUMERS, Q_STAGES, STAGES, TAIL,
-                            O_IN_Q, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, q_layout, k_layout, v_layout, pq_layout,
-                            pk_layout, o_layout)),
-                (_consume, (2, o_desc, lse_ptr, part_ptr, part_lse_ptr, table_ptr, code_q_ptr, code_k_ptr, terms_ptr,
-                            q_smem, k_smem, v_smem, pq_smem, pk_smem, o_smem, q_full, q_empty, k_full, v_full, empty,
-                            order, units, whole, parts, part_tiles, heads, pairs, num_blocks, num_heads, seqlen_q,
-                            seqlen_k, shift, left, right, qk_scale, stride_table, half, stride_terms, mask_s1, mask_v2,
-                            mask_s2, centring, IS_SPLIT, ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, HAS_TABLE,
-                            HAS_CODES, HAS_TERMS, RANK, ORDERED, CONSUMERS, Q_STAGES, STAGES, TAIL,
-                            O_IN_Q, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, q_layout, k_layout, v_layout, pq_layout,
-                            pk_layout, o_layout)),
-                (_produce, (q_desc, k_desc, v_desc, pq_desc, pk_desc, q_smem, k_smem, v_smem, pq_smem, pk_smem,
-                            q_full, q_empty, k_full, v_full, empty, units, whole, parts, part_tiles, heads, pairs,
-                            num_blocks, num_heads, group, seqlen_k, shift, left, right, pq_s1, pq_v2, pq_s2, pk_s1,
-                            pk_v2, pk_s2, IS_SPLIT, ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_PHI, CONSUMERS, Q_STAGES,
-                            STAGES, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R)),
+                (_consume, (0, o_desc, lse_ptr, part_ptr, part_lse_ptr, table, codes, terms, centring, buffers, o_smem,
+                            barriers, order, deal, batch, left, right, qk_scale, IS_VARLEN, IS_SPLIT, ALTERNATES,
+                            HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, HAS_TABLE, HAS_CODES, HAS_TERMS, RANK, ORDERED,
+                            CONSUMERS, Q_STAGES, STAGES, TAIL, O_IN_Q, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, q_layout,
+                            k_layout, v_layout, pq_layout, pk_layout, o_layout)),
+                (_consume, (1, o_desc, lse_ptr, part_ptr, part_lse_ptr, table, codes, terms, centring, buffers, o_smem,
+                            barriers, order, deal, batch, left, right, qk_scale, IS_VARLEN, IS_SPLIT, ALTERNATES,
+                            HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, HAS_TABLE, HAS_CODES, HAS_TERMS, RANK, ORDERED,
+                            CONSUMERS, Q_STAGES, STAGES, TAIL, O_IN_Q, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, q_layout,
+                            k_layout, v_layout, pq_layout, pk_layout, o_layout)),
+                (_consume, (2, o_desc, lse_ptr, part_ptr, part_lse_ptr, table, codes, terms, centring, buffers, o_smem,
+                            barriers, order, deal, batch, left, right, qk_scale, IS_VARLEN, IS_SPLIT, ALTERNATES,
+                            HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, HAS_TABLE, HAS_CODES, HAS_TERMS, RANK, ORDERED,
+                            CONSUMERS, Q_STAGES, STAGES, TAIL, O_IN_Q, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, q_layout,
+                            k_layout, v_layout, pq_layout, pk_layout, o_layout)),
+                (_produce, (descriptors, buffers, barriers, deal, batch, group, left, right, owners_q, owners_k,
+                            IS_VARLEN, IS_SPLIT, ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_PHI, CONSUMERS, Q_STAGES, STAGES,
+                            BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R)),
             ],
             [4, 4, 1],
             [REGISTERS, REGISTERS, 24],
@@ -466,10 +475,11 @@ def launch_as(config: Config, ops: HopperOperands, out: torch.Tensor, lse: torch
     schedule, numbers, constants = _plan(config, ops.shape, multiprocessors(ops.q.device))
     terms = ops.key_terms(keys)
     out_flat = ops.flat(out)
-    q = descriptor(ops.q, rows, ops.block_d)
-    k = descriptor(ops.k, keys, ops.block_d)
-    v = descriptor(ops.v, keys, ops.block_dv)
-    o = descriptor(out_flat, rows, ops.block_dv)
+    described = packed if ops.is_varlen else descriptor
+    q = described(ops.q, rows, ops.block_d)
+    k = described(ops.k, keys, ops.block_d)
+    v = described(ops.v, keys, ops.block_dv)
+    o = described(out_flat, rows, ops.block_dv)
     pq = q if factors is None else descriptor(factors.phi_q, rows, ops.columns)
     pk = k if factors is None else descriptor(factors.phi_k, keys, ops.columns)
     parts = parts_lse = lse
@@ -478,7 +488,7 @@ def launch_as(config: Config, ops: HopperOperands, out: torch.Tensor, lse: torch
         parts_lse = lse.new_empty(parts.shape[:2])
     _fwd_kernel[(schedule.programs,)](
         q, k, v, o, pq, pk, lse, parts, parts_lse, *_or(lse, ops.table_over_scale, ops.code_q, ops.code_k, terms),
-        *_or(lse, ops.centring.phi_q, ops.centring.centres),
+        *_or(lse, ops.centring.phi_q, ops.centring.centres, ops.cu_seqlens_q, ops.cu_seqlens_k),
         *numbers, ops.scale, *ops.sharing_q.sizes, *ops.sharing_k.sizes, *ops.table_sizes,
         0 if terms is None else terms.stride(0), *ops.sharing_mask.sizes, *ops.centring.sizes,
         q_layout=matrix(q), k_layout=matrix(k), v_layout=matrix(v), pq_layout=matrix(pq), pk_layout=matrix(pk),
@@ -498,19 +508,22 @@ def _or(nothing: torch.Tensor, *tensors: torch.Tensor | None) -> tuple[torch.Ten
 def _plan(config: Config, shape: Shape, processors: int) -> tuple[Schedule, tuple[int, ...], dict[str, Any]]:
     """What a launch needs beside tensors and scale: its schedule, the kernel's numbers, and its constants by name."""
     schedule = schedule_of(config, shape, processors)
-    is_whole = schedule.is_split or shape.is_banded or shape.centred_rank > 0
+    is_packed = shape.sequences > 0
+    has_edge = shape.is_banded or shape.hides_keys or is_packed
+    is_whole = schedule.is_split or shape.is_banded or shape.centred_rank > 0 or is_packed
     tail = 0 if is_whole else tail_of(config, shape.seqlen_k)
     numbers = (
-        schedule.units, schedule.whole, schedule.parts, schedule.part_tiles, schedule.heads, shape.pairs,
-        cdiv(shape.seqlen_q, config.block_m), shape.num_heads, shape.group, shape.seqlen_q, shape.seqlen_k,
-        shape.shift, shape.window_left, shape.window_right,
+        schedule.units, schedule.whole, schedule.parts, schedule.part_tiles, schedule.heads,
+        shape.sequences or shape.pairs, cdiv(shape.seqlen_q, config.block_m), shape.num_heads, shape.group,
+        shape.seqlen_q, shape.seqlen_k, shape.shift, shape.window_left, shape.window_right,
     )  # fmt: skip
     constants = {
+        "IS_VARLEN": is_packed,
         "IS_SPLIT": schedule.is_split,
         "ALTERNATES": schedule.alternates,
         "HAS_LEFT": shape.window_left >= 0,
         "HAS_RIGHT": shape.window_right >= 0,
-        "HAS_EDGE": shape.is_banded or shape.hides_keys or shape.seqlen_k % (tail or config.block_n) != 0,
+        "HAS_EDGE": has_edge or shape.seqlen_k % (tail or config.block_n) != 0,
         "HAS_PHI": shape.columns > 0,
         "HAS_TABLE": shape.has_table,
         "HAS_CODES": shape.has_codes,
@@ -537,6 +550,8 @@ def schedule_of(config: Config, shape: Shape, processors: int) -> Schedule:
     """Deal the tiles of a call to the multiprocessors."""
     blocks = cdiv(shape.seqlen_q, config.block_m)
     programs = config.programs * processors
+    if shape.sequences > 0:
+        return jagged(shape.seqlen_q, shape.sequences, shape.num_heads, config.block_m, programs)
     if not shape.is_banded:
         return unbanded(blocks * shape.pairs, cdiv(shape.seqlen_k, config.block_n), programs)
     band = Band(shape.shift, shape.window_left, shape.window_right)

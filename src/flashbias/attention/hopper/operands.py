@@ -27,6 +27,7 @@ __all__ = [
     "is_addressable",
     "layout_of",
     "matrix",
+    "packed",
 ]
 
 ALIGNMENT = 16
@@ -46,7 +47,7 @@ class Shape(NamedTuple):
 
     (batch, head) pairs, then sizes as in `Operands`, packed columns of the factors, window, shift; whether there is a
     table, and codes for it; whether a mask of the caller's own hides keys; rank of factors that are centred tile by
-    tile, else 0.
+    tile, else 0; sequences of a packed batch, else 0.
     """
 
     pairs: int
@@ -66,6 +67,7 @@ class Shape(NamedTuple):
     has_codes: bool = False
     hides_keys: bool = False
     centred_rank: int = 0
+    sequences: int = 0
 
     @property
     def is_banded(self) -> bool:
@@ -127,7 +129,7 @@ class HopperOperands(Operands):
             self.num_programs, self.num_heads, self.group, self.seqlen_q, self.seqlen_k, self.head_dim,
             self.head_dim_v, self.block_d, self.block_dv, self.columns, self.window_left, self.window_right, self.shift,
             self.table is not None, self.code_q is not None, self.mask is not None,
-            self.rank if self.is_tile_centred else 0,
+            self.rank if self.is_tile_centred else 0, self.sequences if self.is_varlen else 0,
         )  # fmt: skip
 
     def key_terms(self, keys: int) -> Tensor | None:
@@ -176,7 +178,7 @@ class HopperOperands(Operands):
     def has_portable_gradients(self) -> bool:
         """Whether the fused backward pass lacks something that the forward pass can do."""
         is_wide = max(self.block_d, self.block_dv) > 128
-        return is_wide or self.table is not None or self.mask is not None or self.is_tile_centred
+        return is_wide or self.is_varlen or self.table is not None or self.mask is not None or self.is_tile_centred
 
     @functools.cached_property
     def columns(self) -> int:
@@ -192,7 +194,9 @@ class HopperOperands(Operands):
 
     @property
     def shift(self) -> int:
-        """Of the diagonal, where the ends of queries and keys are aligned."""
+        """Of the diagonal, where the ends of queries and keys are aligned; of a packed batch whether they are."""
+        if self.is_varlen:
+            return int(self.bottom_right)
         return self.seqlen_k - self.seqlen_q if self.bottom_right else 0
 
 
@@ -209,6 +213,48 @@ def descriptor(x: Tensor, rows: int, columns: int) -> Any:
     return described(x, box, layout_of(box, x.dtype))
 
 
+class _Ahead(NamedTuple):
+    """An address `bytes` ahead of a tensor's."""
+
+    x: Tensor
+    bytes: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the tensor."""
+        return self.x.dtype
+
+    def data_ptr(self) -> int:
+        """The address."""
+        return self.x.data_ptr() - self.bytes
+
+
+def packed(x: Tensor, rows: int, columns: int) -> Any:
+    """Describe the tokens `[1, H, T, width]` of a packed batch, so that boxes end where a sequence ends.
+
+    A row has two coordinates, the end e of its sequence and its place t among the T rows up to there: row i of a
+    sequence of n rows has t = T - n + i and lies at e + t rows from an address that is T rows ahead of the tensor. Rows
+    past the end have t >= T: they are read as zeros and never written.
+
+    Args:
+        x: the tokens.
+        rows: rows of a box.
+        columns: columns of a box.
+
+    Returns:
+        A descriptor of `[T + 1, H, T, width]`.
+    """
+    _, heads, tokens, width = x.shape
+    step = x.stride(2) if tokens > 1 else ALIGNMENT
+    box = (1, 1, rows, columns)
+    made = object.__new__(TensorDescriptor)
+    attributes = _described(
+        x.dtype, (tokens + 1, heads, tokens, width), (step, x.stride(1), step, 1), box, layout_of(box, x.dtype)
+    )
+    vars(made).update(attributes, base=_Ahead(x, tokens * step * x.element_size()))
+    return made
+
+
 def described(x: Tensor, box: tuple[int, ...], layout: Any) -> Any:
     """Describe a tensor to the copy engine, in boxes that lie in shared memory as `layout` says."""
     made = object.__new__(TensorDescriptor)
@@ -218,7 +264,7 @@ def described(x: Tensor, box: tuple[int, ...], layout: Any) -> Any:
 
 @functools.lru_cache(maxsize=1024)
 def _described(
-    dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...], box: tuple[int, ...], layout: Any
+    dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], layout: Any
 ) -> dict[str, Any]:
     """Attributes of a descriptor, checked once for all tensors that are alike but for their address."""
     # The step of a dimension of size 1 is never taken, but has to be one that could be.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Band", "Schedule", "banded", "unbanded"]
+__all__ = ["Band", "Schedule", "banded", "jagged", "unbanded"]
 
 OVERHEAD = 2.0
 """What starting and ending a unit costs, in tiles of keys."""
@@ -165,6 +165,27 @@ def banded(
             if cost < best_cost:
                 best, best_cost = Schedule(running, units, units, heads=heads, alternates=alternates), cost
     return best
+
+
+@functools.lru_cache(maxsize=1024)
+def jagged(tokens: int, sequences: int, heads: int, rows: int, programs: int) -> Schedule:
+    """Deal the blocks of a packed batch, whose lengths the host does not know; the kernel counts its units.
+
+    All heads of a block are dealt one after the other, sequence by sequence. Neighbours cost nearly the same then, and
+    odd turns, which are dealt backwards, even out what is left.
+
+    Args:
+        tokens: queries of all sequences.
+        sequences: of the batch.
+        heads: query heads.
+        rows: queries of a tile.
+        programs: multiprocessors.
+
+    Returns:
+        A schedule of as many units as there can be.
+    """
+    units = (tokens // rows + sequences) * heads
+    return Schedule(min(units, programs), units, units, alternates=True)
 
 
 def _dealt(lengths: np.ndarray, pairs: int, heads: int) -> np.ndarray:

@@ -6,7 +6,7 @@
 
 from flashbias.attention import packing
 from flashbias.attention.hopper.gluon import gl, jit
-from flashbias.attention.hopper.tiles import ROWS, exp2, own_index
+from flashbias.attention.hopper.tiles import ROWS, exp2, owner_of
 from flashbias.attention.triton.primitives import LOG2E
 
 CENTRE_TILE = gl.constexpr(packing.CENTRE_TILE)
@@ -62,11 +62,9 @@ def centring_of(centring, bh, start_m, seqlen_q, RANK: gl.constexpr):
     Their first row of phi_q, the centres of their keys, the centre that they are measured from, the last row that there
     is, counted from the first, and the strides of phi_q.
     """
-    phi_q_ptr, stride_f, stride_n, stride_r, centre_ptr, stride_c, tiles, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2 = (
-        centring
-    )
-    phi_q_ptr += own_index(bh, pq_s1, pq_v2, pq_s2).to(gl.int64) * stride_f + start_m.to(gl.int64) * stride_n
-    centre_ptr += own_index(bh, pk_s1, pk_v2, pk_s2).to(gl.int64) * stride_c
+    phi_q_ptr, stride_f, stride_n, stride_r, centre_ptr, stride_c, tiles, owners_q, owners_k = centring
+    phi_q_ptr += owner_of(bh, owners_q).to(gl.int64) * stride_f + start_m.to(gl.int64) * stride_n
+    centre_ptr += owner_of(bh, owners_k).to(gl.int64) * stride_c
     reference = tiles + gl.minimum(start_m, seqlen_q - 1) // CENTRE_TILE
     return phi_q_ptr, centre_ptr, centre_ptr + reference * RANK, seqlen_q - 1 - start_m, stride_n, stride_r
 

@@ -64,6 +64,78 @@ def tile_of(unit, whole, parts, num_blocks, num_heads, pairs, heads, IS_SPLIT: g
 
 
 @jit
+def blocks_of(cu_ptr, sequence, BLOCK_M: gl.constexpr):
+    """Blocks of queries of one sequence of a packed batch."""
+    return (gl.load(cu_ptr + sequence + 1) - gl.load(cu_ptr + sequence) + BLOCK_M - 1) // BLOCK_M
+
+
+@jit
+def units_of(deal, batch, IS_VARLEN: gl.constexpr, BLOCK_M: gl.constexpr):
+    """Units of all programs; of a packed batch they are counted here, since the host does not know its lengths.
+
+    Which units there are is in `deal`: numbers of a `Schedule` (units, whole, parts, tiles of a part), blocks of
+    queries of a pair, pairs that are dealt together. What they are units of is in `batch`: starts of packed queries and
+    keys, pairs or packed sequences, heads, queries, keys, shift.
+    """
+    units = deal[0]
+    if IS_VARLEN:
+        cu_ptr = batch[0]
+        sequences = batch[2]
+        num_heads = batch[3]
+        blocks = 0
+        for sequence in range(sequences):
+            blocks += blocks_of(cu_ptr, sequence, BLOCK_M)
+        units = blocks * num_heads
+    return units
+
+
+@jit
+def seek(cu_ptr, tile, sequence, end, BLOCK_M: gl.constexpr):
+    """Go on to the sequence that holds a tile, and to the end of its tiles; those of a program only grow."""
+    while tile >= end:
+        sequence += 1
+        end += blocks_of(cu_ptr, sequence, BLOCK_M)
+    return sequence, end
+
+
+@jit
+def rows_of(cu_ptr, sequence, total):
+    """Where a sequence lies among `total` packed rows: its start, its length, and both as the copy engine takes them.
+
+    That is the end of the sequence, and which of `total` rows up to there is its first; see `operands.packed`.
+    """
+    start = gl.load(cu_ptr + sequence)
+    end = gl.load(cu_ptr + sequence + 1)
+    return start, end - start, end, total - (end - start)
+
+
+@jit
+def place_in_batch(
+    unit, walk, deal, batch, IS_VARLEN: gl.constexpr, IS_SPLIT: gl.constexpr, IS_BANDED: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+):  # fmt: skip
+    """Where a unit lies.
+
+    How far a walk over the sequences has come; head, index among the factors' owners, block of queries, part of the
+    keys; of queries and of keys start, length, and what the copy engine takes for a batch element and its first row;
+    shift of the diagonal.
+    """
+    cu_q_ptr, cu_k_ptr, pairs, num_heads, seqlen_q, seqlen_k, shift = batch
+    if IS_VARLEN:
+        # All heads of a block come together; the last block of a sequence, under a causal mask the longest, is first.
+        tile = unit // num_heads
+        h = unit % num_heads
+        sequence, end = walk
+        sequence, end = seek(cu_q_ptr, tile, sequence, end, BLOCK_M)
+        queries = rows_of(cu_q_ptr, sequence, seqlen_q)
+        keys = rows_of(cu_k_ptr, sequence, seqlen_k)
+        return (sequence, end), h, h, end - 1 - tile, -1, queries, keys, shift * (keys[1] - queries[1])
+    else:
+        b, h, bh, block, part = tile_of(unit, deal[1], deal[2], deal[4], num_heads, pairs, deal[5], IS_SPLIT, IS_BANDED)
+        return walk, h, bh, block, part, (0, seqlen_q, b, 0), (0, seqlen_k, b, 0), shift
+
+
+@jit
 def part_of(lo, full_lo, full_hi, hi, part, part_tiles):
     """Tiles of keys of a part, where no band but the end of the keys bounds them; all of them if part < 0."""
     if part >= 0:
@@ -80,7 +152,8 @@ def key_tiles(
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     """Tiles of keys that a block of queries sees: from, first full one, end of full ones, to; one at least."""
-    last = (seqlen_k + BLOCK_N - 1) // BLOCK_N
+    # A sequence of a packed batch may have no key.
+    last = gl.maximum((seqlen_k + BLOCK_N - 1) // BLOCK_N, 1)
     lo = 0
     full_lo = 0
     hi = last
@@ -103,6 +176,13 @@ def key_tiles(
 def own_index(bh, s1, v2, s2):
     """Own index of a factor for the flat (batch, head) index; see `attention/layout.py`."""
     return (bh // (s1 * v2 * s2)) * v2 + (bh // s2) % v2
+
+
+@jit
+def owner_of(bh, sizes):
+    """As `own_index`."""
+    s1, v2, s2 = sizes
+    return own_index(bh, s1, v2, s2)
 
 
 @jit

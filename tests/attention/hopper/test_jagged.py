@@ -1,0 +1,284 @@
+"""Packed batches on Hopper: the kernel's own arithmetic and its descriptors, run on the host."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.conftest import INTERPRETED
+from torch import Tensor
+
+import flashbias as fb
+from flashbias.attention.hopper.schedule import Schedule, jagged
+
+pytest.importorskip("triton")
+pytest.importorskip("triton.experimental.gluon", reason="this release of triton has no Gluon")
+if INTERPRETED:
+    pytest.skip("Gluon has no interpreter: TRITON_INTERPRET=1 is set", allow_module_level=True)
+
+from triton.runtime.jit import JITFunction
+
+from flashbias.attention.hopper import tiles
+from flashbias.attention.hopper.operands import packed
+
+# -------------------------------------------------------------------- device functions, on the host
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """The address of an element."""
+
+    x: Tensor
+    index: int = 0
+
+    def __add__(self, step: int) -> Pointer:
+        return Pointer(self.x, self.index + int(step))
+
+
+def load(pointer: Pointer) -> int:
+    assert 0 <= pointer.index < len(pointer.x), "outside of the tensor"
+    return int(pointer.x[pointer.index])
+
+
+@contextmanager
+def on_host() -> Iterator[SimpleNamespace]:
+    """Functions of `tiles.py` as Python, for the program that this names."""
+    chosen = SimpleNamespace(place=0, count=1)
+    host = SimpleNamespace(
+        load=load,
+        minimum=min,
+        maximum=max,
+        program_id=lambda axis: chosen.place,
+        num_programs=lambda axis: chosen.count,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        for name, function in list(vars(tiles).items()):
+            if isinstance(function, JITFunction):
+                patch.setattr(tiles, name, function.fn)
+        patch.setattr(tiles, "gl", host)
+        patch.setattr(tiles, "turns_of", turns_of)
+        yield chosen
+
+
+def turns_of(units: int, alternates: bool) -> int:
+    """As `tiles.turns_of`, whose comparison is cast."""
+    place, count = tiles.gl.program_id(0), tiles.gl.num_programs(0)
+    full = units // count
+    if alternates and full % 2:
+        place = count - 1 - place
+    return full + (place < units % count)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What a program learns about one of its units."""
+
+    sequence: int
+    head: int
+    block: int
+    queries: tuple[int, int, int, int]
+    keys: tuple[int, int, int, int]
+    diagonal: int
+
+
+def units_of(
+    program: SimpleNamespace, plan: Schedule, cu_q: Tensor, cu_k: Tensor, heads: int, rows: int, bottom_right: bool
+) -> Iterator[Unit]:
+    """All units of all programs."""
+    sequences = len(cu_q) - 1
+    program.count = plan.programs
+    for program.place in range(plan.programs):
+        deal = (plan.units, plan.whole, plan.parts, plan.part_tiles, 0, plan.heads)
+        batch = (Pointer(cu_q), Pointer(cu_k), sequences, heads, int(cu_q[-1]), int(cu_k[-1]), int(bottom_right))
+        units = tiles.units_of(deal, batch, True, rows)
+        assert units <= plan.units
+        walk = (-1, 0)
+        for turn in range(tiles.turns_of(units, plan.alternates)):
+            walk, h, own, block, part, queries, keys, diagonal = tiles.place_in_batch(
+                tiles.unit_of(turn, plan.alternates), walk, deal, batch, True, False, False, rows
+            )
+            assert own == h and part == -1
+            yield Unit(walk[0], h, block, queries, keys, diagonal)
+
+
+def starts(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+
+
+class TestUnits:
+    @settings(deadline=None, max_examples=80)
+    @given(
+        lengths=st.lists(st.tuples(st.integers(0, 70), st.integers(0, 70)), min_size=1, max_size=12),
+        heads=st.integers(1, 5),
+        rows=st.sampled_from([4, 16, 64]),
+        programs=st.integers(1, 9),
+        bottom_right=st.booleans(),
+    )
+    def test_every_block_of_every_head_is_dealt_once(
+        self, lengths: list[tuple[int, int]], heads: int, rows: int, programs: int, bottom_right: bool
+    ) -> None:
+        with on_host() as program:
+            lengths_q, lengths_k = ([pair[side] for pair in lengths] for side in range(2))
+            cu_q, cu_k = starts(lengths_q), starts(lengths_k)
+            plan = jagged(sum(lengths_q), len(lengths), heads, rows, programs)
+            seen = Counter()
+            for unit in units_of(program, plan, cu_q, cu_k, heads, rows, bottom_right):
+                seen[unit.sequence, unit.head, unit.block] += 1
+                n, m = lengths[unit.sequence]
+                for cu, total, size, found in (
+                    (cu_q, sum(lengths_q), n, unit.queries), (cu_k, sum(lengths_k), m, unit.keys)
+                ):  # fmt: skip
+                    assert found == (cu[unit.sequence], size, cu[unit.sequence + 1], total - size)
+                assert unit.diagonal == (m - n if bottom_right else 0)
+            blocks = [
+                (s, h, block) for s, n in enumerate(lengths_q) for h in range(heads) for block in range(-(-n // rows))
+            ]
+            assert seen == Counter(blocks)
+
+
+# -------------------------------------------------------------------- boxes, on the host
+
+
+def addresses(descriptor: Any, corner: list[int]) -> tuple[Tensor, Tensor]:
+    """Of each element of a box: its address, and whether the copy engine touches it."""
+    address, inside = torch.tensor(descriptor.base.data_ptr()), torch.tensor(True)
+    size = descriptor.base.x.element_size()
+    for axis, (first, count) in enumerate(zip(corner, descriptor.block_shape, strict=True)):
+        shape = [-1 if other == axis else 1 for other in range(len(corner))]
+        place = (first + torch.arange(count)).reshape(shape)
+        address = address + place * descriptor.strides[axis] * size
+        inside = inside & (place >= 0) & (place < descriptor.shape[axis])
+    return address.flatten(0, -3)[0], inside.expand(descriptor.block_shape).flatten(0, -3)[0]
+
+
+def elements(descriptor: Any, corner: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a box, as a matrix: where its elements lie in the storage, those that exist, and the storage."""
+    address, inside = addresses(descriptor, corner)
+    x = descriptor.base.x
+    storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
+    index = (address - storage.data_ptr()) // x.element_size()
+    assert ((index >= 0) & (index < len(storage)))[inside].all(), "outside of the storage"
+    return index, inside, storage
+
+
+def read(descriptor: Any, corner: list[int]) -> Tensor:
+    """A box as the copy engine reads it."""
+    index, inside, storage = elements(descriptor, corner)
+    return torch.where(inside, storage[torch.where(inside, index, 0)], 0.0)
+
+
+def write(descriptor: Any, corner: list[int], rows: Tensor) -> None:
+    """Write a box as the copy engine does."""
+    index, inside, storage = elements(descriptor, corner)
+    storage[index[inside]] = rows.to(storage.dtype)[inside]
+
+
+@pytest.mark.parametrize("order", ["tokens first", "heads first", "sliced"])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_boxes_end_where_a_sequence_ends(heads: int, order: str) -> None:
+    lengths = [5, 0, 33, 1, 16, 40]
+    cu, total, width = starts(lengths), sum(lengths), 24
+    x = torch.randn(total, heads, 2 * width).bfloat16()[..., :width]
+    x = {"tokens first": x.contiguous(), "heads first": x.transpose(0, 1).contiguous().transpose(0, 1), "sliced": x}[
+        order
+    ]
+    descriptor = packed(x.transpose(0, 1)[None], 16, 32)
+    for (s, n), h in itertools.product(enumerate(lengths), range(heads)):
+        own = x[cu[s] : cu[s + 1], h]
+        for first in range(0, n + 32, 16):
+            found = read(descriptor, [int(cu[s + 1]), h, total - n + first, 0])
+            expected = torch.zeros(16, 32).bfloat16()
+            rows = own[first : first + 16]
+            expected[: len(rows), :width] = rows
+            assert torch.equal(found, expected)
+
+
+def test_a_batch_of_one_token() -> None:
+    x = torch.randn(1, 2, 16).bfloat16()
+    descriptor = packed(x.transpose(0, 1)[None], 16, 16)
+    for h in range(2):
+        found = read(descriptor, [1, h, 0, 0])
+        assert torch.equal(found[0], x[0, h])
+        assert (found[1:] == 0).all()
+
+
+# -------------------------------------------------------------------- the whole walk, on the host
+
+
+@pytest.mark.parametrize("head_dim_v", [16, 32])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"is_causal": True}, {"is_causal": True, "causal_alignment": "bottom_right"}, {"window": (9, 4)}],
+    ids=["full", "top left", "bottom right", "window"],
+)
+def test_attention_by_these_boxes(options: dict[str, Any], kv_heads: int, head_dim_v: int) -> None:
+    """Every sequence alone, whatever stands in the others; what a box holds of a neighbour may be NaN."""
+    torch.manual_seed(0)
+    heads, rows, keys_of_tile, head_dim = 4, 16, 8, 16
+    lengths_q, lengths_k = [17, 0, 5, 33, 8, 3], [9, 4, 21, 33, 0, 16]
+    options = {"causal_alignment": "top_left"} | options if options else {}
+    widths = {"q": (sum(lengths_q), heads, head_dim), "k": (sum(lengths_k), kv_heads, head_dim)}
+    q, k, v = (torch.randn(size) for size in (*widths.values(), (sum(lengths_k), kv_heads, head_dim_v)))
+    cu_q, cu_k = starts(lengths_q), starts(lengths_k)
+    left, right = options.get("window", (-1, -1))
+    right = 0 if options.get("is_causal") else right
+    bottom_right = options.get("causal_alignment") == "bottom_right"
+    expected = fb.varlen_attention(q, k, v, cu_q, cu_k, impl="reference", enable_gqa=True, **options)
+    assert isinstance(expected, Tensor)
+
+    for poisoned in range(len(lengths_q)):
+        own_q, own_k = (slice(int(cu[poisoned]), int(cu[poisoned + 1])) for cu in (cu_q, cu_k))
+        tensors = [x.clone() for x in (q, k, v)]
+        for x, own in zip(tensors, (own_q, own_k, own_k), strict=True):
+            x[own] = math.nan
+        out = torch.full((sum(lengths_q), heads, head_dim_v), math.nan)
+        boxes = (
+            (tensors[0], rows, 16),
+            (tensors[1], keys_of_tile, 16),
+            (tensors[2], keys_of_tile, 32),
+            (out, rows, 32),
+        )
+        q_desc, k_desc, v_desc, o_desc = (packed(x.transpose(0, 1)[None], size, width) for x, size, width in boxes)
+        plan = jagged(sum(lengths_q), len(lengths_q), heads, rows, 5)
+        with on_host() as program:
+            units = list(units_of(program, plan, cu_q, cu_k, heads, rows, bottom_right))
+        for unit in units:
+            start_m, h, own = unit.block * rows, unit.head, unit.keys[1]
+            with on_host():
+                lo, full_lo, full_hi, hi = tiles.key_tiles(
+                    start_m, own, unit.diagonal, left, right, left >= 0, right >= 0, rows, keys_of_tile
+                )
+            places = [
+                [unit.keys[2], h // (heads // kv_heads), unit.keys[3] + n * keys_of_tile, 0] for n in range(lo, hi)
+            ]
+            queries = read(q_desc, [unit.queries[2], h, unit.queries[3] + start_m, 0])
+            own_keys, values = (torch.cat([read(x, place) for place in places]) for x in (k_desc, v_desc))
+            i = start_m + torch.arange(rows)[:, None] + unit.diagonal
+            j = lo * keys_of_tile + torch.arange(len(own_keys))
+            keep = j < own
+            keep = keep & (j <= i + right) if right >= 0 else keep
+            keep = keep & (j >= i - left) if left >= 0 else keep
+            # Only the last tile, and those outside of the full ones, get a mask in the kernel.
+            tile = j // keys_of_tile
+            is_masked = (tile == hi - 1) | ((tile < full_lo) | (tile >= full_hi) if left >= 0 or right >= 0 else False)
+            exists = start_m + torch.arange(rows) < unit.queries[1]
+            assert (keep | is_masked)[exists.nonzero()].all()
+            scores = (queries @ own_keys.mT * head_dim**-0.5).masked_fill(~keep, -math.inf)
+            weights = (scores - scores.amax(-1, keepdim=True).clamp(min=-1e30)).exp()
+            sums = weights.sum(-1, keepdim=True)
+            write(o_desc, [unit.queries[2], h, unit.queries[3] + start_m, 0],
+                  weights @ values / torch.where(sums == 0, 1.0, sums))  # fmt: skip
+        others = torch.ones(len(out), dtype=torch.bool)
+        others[own_q] = False
+        torch.testing.assert_close(out[others], expected[others])
