@@ -202,9 +202,7 @@ def schedule_of(config: BackwardConfig, ops: HopperOperands) -> tuple[Schedule, 
         return Schedule(min(units, programs), units, units), blocks, pairs
     # Keys see queries as queries see keys, with sides exchanged.
     band = Band(-ops.shift, ops.window_right, ops.window_left)
-    # Queries and dout in half precision, dq in float32.
-    row_bytes = (ops.head_dim + ops.head_dim_v) * ops.q.element_size() + 4 * ops.block_d
-    pair_bytes = ops.group * ops.seqlen_q * row_bytes
+    pair_bytes = ops.group * ops.seqlen_q * (ops.head_dim + ops.head_dim_v) * ops.q.element_size()
     schedule = banded(
         blocks, pairs, block_n, config.block_m, ops.seqlen_q, band, pair_bytes, 1, programs, last_first=False
     )
