@@ -34,9 +34,6 @@ from flashbias.attention.triton.operands import flattened, multiprocessors
 
 __all__ = ["launch"]
 
-MANY_COLUMNS = 64
-"""Packed columns beyond which the portable kernels read factors in chunks."""
-
 WIDEST_BESIDE = 32
 """Rank up to which each pair's own products for the factors' gradients cost less than a walk of their own."""
 
@@ -95,10 +92,7 @@ def _is_one_for_each_group(ops: HopperOperands) -> bool:
 
 def is_slower(ops: HopperOperands, block_g: int) -> bool:
     """Whether the portable kernels were faster on an H200 (docs/kernels.md)."""
-    width = max(ops.block_d, ops.block_dv)
-    if block_g <= NARROWEST or 32 < width <= 64:
-        return False
-    return width > 64 or ops.columns <= MANY_COLUMNS
+    return max(ops.block_d, ops.block_dv) > ROWS and block_g > NARROWEST
 
 
 def launch_as(
