@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from importlib.util import find_spec
 
 import torch
@@ -34,12 +33,6 @@ UNEVEN = 2
 
 SHORT = 128
 """Queries that do not fill one tile."""
-
-WINDOW = 64
-"""Tokens of a window that one tile holds."""
-
-WIDEST_OF_WINDOW = 64
-"""Widest head of such a window."""
 
 FEWEST_QUERIES = 17
 """Fewer queries than this leave most of a tile empty."""
@@ -138,35 +131,7 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
 
 def is_slower(call: Call) -> bool:
     """Whether the portable kernels should be faster (docs/kernels.md); the limits lie between what was measured."""
-    return (call.seqlen_q <= SHORT and not _are_windows(call)) or _is_uneven(call.bias)
-
-
-def _are_windows(call: Call) -> bool:
-    """Whether short sequences share their bias, so that one program takes many of them (`short.py`)."""
-    query, bias = call.query, call.bias
-    widths = (query.shape[-1], call.value.shape[-1])
-    if max(call.seqlen_q, call.seqlen_k) > WINDOW or max(widths) > WIDEST_OF_WINDOW or call.varlen is not None:
-        return False
-    parts = [] if call.attn_mask is None else [call.attn_mask.shape[:-2]]
-    if bias is not None and bias.rank > 0:
-        if _columns(call) > packing.WIDEST_CHUNK:
-            return False
-        parts += [bias.phi_q.shape[:-2], bias.phi_k.shape[:-2]]
-    if bias is not None and bias.table is not None:
-        parts.append(bias.table.shape[:-1])
-    return _share_alike(query.shape[:-2], parts)
-
-
-def _share_alike(full: Sequence[int], parts: Sequence[Sequence[int]]) -> bool:
-    """Whether tensors with these leading sizes are shared over a batch dimension, all in the same way.
-
-    As `layout.common` finds it, by comparisons of sizes alone: compilers trace this with sizes that they do not know.
-    """
-    aligned = [[1] * (len(full) - len(own)) + list(own) for own in parts]
-    varying = [own for own in aligned if any(size != 1 for size in own)]
-    if any(size != first for own in varying[1:] for size, first in zip(own, varying[0], strict=True)):
-        return False
-    return any(size != 1 and all(own[d] == 1 for own in varying) for d, size in enumerate(full[:-1]))
+    return call.seqlen_q <= SHORT or _is_uneven(call.bias)
 
 
 def _is_uneven(bias: FactoredBias | None) -> bool:
