@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import re
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from flashbias.attention.hopper import backward, forward, is_slower, short, short_backward
+from flashbias.attention.hopper import backward, forward
 from flashbias.attention.hopper.configs import (
     ROWS,
     SHARED_MEMORY,
@@ -278,7 +277,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compiler:
     monkeypatch.setenv("TRITON_DUMP_PTXAS_LOG", "1")
     # The tile shapes stand whether or not the portable kernels are faster at one of them.
     monkeypatch.setattr(backward, "is_slower", lambda *_: False, raising=False)
-    for module in (forward, backward, short, short_backward):
+    for module in (forward, backward):
         monkeypatch.setattr(module, "multiprocessors", lambda device: PROCESSORS)
     return found
 
@@ -339,43 +338,3 @@ def test_both_passes_compile(shape: Shape, compiler: Compiler) -> None:
     shared = backward_bytes(config, ops.block_d, ops.block_dv, ops.columns, block_g)
     compiled.check(config.maxnreg, shared, spills[1])
     assert compiled.products == backward_products(ops, config, needs_phi)
-
-
-# -------------------------------------------------------------------- short windows
-
-WINDOWS = [
-    Shape("49", head_dim=32, n=49),
-    Shape("64-float16", head_dim=64, n=64, dtype=torch.float16),
-    Shape("49-table-codes-causal", head_dim=32, rank=4, n=49, table=169, codes=True, window=(None, 0)),
-    Shape("17-plain-mask", head_dim=16, rank=0, n=17, mask=(1, 1, 1, 17)),
-]
-
-
-@pytest.mark.parametrize("factor_dtype", [None, torch.float32], ids=["same", "float32"])
-@pytest.mark.parametrize("shape", WINDOWS, ids=str)
-def test_short_windows_compile(shape: Shape, factor_dtype: torch.dtype | None, compiler: Compiler) -> None:
-    call = shape.call()
-    many = [torch.empty(64, *x.shape[1:], dtype=x.dtype, device="meta") for x in (call.query, call.key, call.value)]
-    bias = call.bias
-    if bias is not None and factor_dtype is not None:
-        bias = fb.FactoredBias(
-            bias.phi_q.to(factor_dtype), bias.phi_k.to(factor_dtype), bias.table, bias.code_q, bias.code_k
-        )
-    call = dataclasses.replace(call, query=many[0], key=many[1], value=many[2], bias=bias)
-    assert not is_slower(call)
-    arguments = registration.operands(call)
-    out, lse, _ = registration.attention_forward(*arguments, "hopper")
-    forward.launch(out, lse, *arguments)
-    compiled = compiler.only()
-    assert compiled.kernel.name == "_fwd_short_kernel"
-    compiled.check(128, SHARED_MEMORY, 0)
-
-    needs = (True, True, True, bool(shape.rank), bool(shape.rank), False)
-    grads = registration.attention_backward(torch.empty_like(out), None, out, lse, needs, *arguments, "hopper")
-    backward.launch(grads, torch.empty_like(out), None, out, lse, needs, *arguments)
-    if shape.rank and shape.dtype == torch.float16 and factor_dtype is None:
-        assert not compiler.kernels  # the portable kernels do
-        return
-    compiled = compiler.only()
-    assert compiled.kernel.name == "_bwd_short_kernel"
-    compiled.check(255, SHARED_MEMORY, 0 if shape.head_dim <= 32 else 128)

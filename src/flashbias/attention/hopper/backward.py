@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashbias.attention.hopper import short_backward, slabs
+from flashbias.attention.hopper import slabs
 from flashbias.attention.hopper.configs import NARROWEST, ROWS, BackwardConfig, backward_config, columns_of
 from flashbias.attention.hopper.fused import _bwd_kernel
 from flashbias.attention.hopper.operands import (
@@ -53,13 +53,9 @@ def launch(
 ) -> None:
     """Fill the gradients that are needed; arguments as in the portable `launch`."""
     ops = HopperOperands.of(*arguments)
-    portable_ops = ops.portable()
-    if short_backward.fits(portable_ops, needs_grad):
-        short_backward.launch(portable_ops, grads, addressable(flattened(dout)), dlse, lse, needs_grad)
-        return
     config = chosen(ops, needs_grad)
     if config is None:
-        portable.launch_as(portable_ops, grads, dout, dlse, out, lse, needs_grad)
+        portable.launch_as(ops.portable(), grads, dout, dlse, out, lse, needs_grad)
     else:
         launch_as(config, ops, grads, dout, dlse, out, lse, needs_grad)
 

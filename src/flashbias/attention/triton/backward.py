@@ -3,7 +3,8 @@
 - `_bwd_delta_kernel`: delta = rowsum(dout * out) - dlse.
 - `dkdv.py`: a block of keys walks over queries: dk, dv, dphi_k.
 - `dq.py`: a block of queries walks over keys: dq, dphi_q.
-- `window.py`: short sequences, one tile for all: every gradient from one recomputation.
+- `short_backward.py`: short sequences in half precision that share their bias: as `window.py`, in a walk over them.
+- `window.py`: other short sequences, one tile for all: every gradient from one recomputation.
 - `table.py`: a tile walks over all that share the table, then adds its entries as integers.
 
 `shared.py` stands beside these: for passes that need not be repeatable and have no room for wide factors.

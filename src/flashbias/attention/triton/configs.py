@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from flashbias.attention.layout import next_power_of_2
+
 if TYPE_CHECKING:
     from flashbias.attention.triton.operands import Operands
 
-__all__ = ["WIDEST_SPLIT", "Config", "choose"]
+__all__ = ["SHORT", "WIDEST_SPLIT", "Config", "WalkConfig", "choose", "walk_config"]
 
 SHORT = 64
 """Sequences up to this length are one tile."""
@@ -70,6 +72,47 @@ _SHORT_FORWARD = Config(64, 64, 4, 1, 80)
 """One tile, so nothing to pipeline: what counts is how many programs fit beside each other."""
 _SHARED_DKDV = Config(32, 128, 4, 3)
 _NO_BIAS_128 = Config(64, 64, 4, 3)
+
+
+@dataclass(frozen=True)
+class WalkConfig:
+    """Of a walk over short windows: a tile's queries and keys, and what the windows of one program are given.
+
+    Warps, windows that are loaded or worked on at once, and programs that a multiprocessor runs beside each other.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    resident: int
+
+
+# Without a cap of registers: windows ahead were worth more than one more program (docs/kernels.md).
+_WALK = {"forward": WalkConfig(64, 64, 4, 3, 4), "backward": WalkConfig(64, 64, 4, 3, 2)}
+
+
+def walk_config(name: str, ops: Operands) -> WalkConfig:
+    """Shape a walk over short windows to their length and to the GPU.
+
+    Args:
+        name: "forward" or "backward".
+        ops: the call.
+
+    Returns:
+        The configuration: with fewer stages, or fewer programs beside each other, where shared memory is short.
+    """
+    config = _WALK[name]
+    block_m, block_n = (max(16, next_power_of_2(length)) for length in (ops.seqlen_q, ops.seqlen_k))
+    limit = _shared_memory(ops.q.device)
+    # In half precision: queries, keys and values of a window, and weights on their way to a product.
+    window = 2 * (block_n * (ops.block_d + ops.block_dv) + block_m * ops.block_d)
+    if name == "backward":  # the output's gradient, the log-sum-exp and its gradient
+        window += block_m * (2 * ops.block_dv + 8)
+    weights = 2 * block_m * block_n
+    stages = max(1, min(config.num_stages, (limit - weights) // window))
+    resident = max(1, min(config.resident, limit // (stages * window + weights)))
+    return replace(config, block_m=block_m, block_n=block_n, num_stages=stages, resident=resident)
 
 
 def choose(name: str, ops: Operands) -> Config:

@@ -13,14 +13,14 @@ the loads of the next windows are in flight while one is worked on.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashbias.attention.layout import Sharing, cdiv, common, next_power_of_2
+from flashbias.attention.layout import Sharing, cdiv, common
+from flashbias.attention.triton.configs import SHORT, walk_config
 from flashbias.attention.triton.operands import Operands, multiprocessors, strides_of
 from flashbias.attention.triton.primitives import (
     LN2,
@@ -39,10 +39,7 @@ from flashbias.attention.triton.primitives import (
     store_tile,
 )
 
-__all__ = ["LONGEST", "fits", "launch", "splits_of", "walk_of"]
-
-LONGEST = 64
-"""Longest sequence that one tile holds."""
+__all__ = ["fits", "launch", "splits_of", "walk_of"]
 
 WIDEST = 64
 """Widest head beside whose tiles that of the bias stays in registers."""
@@ -321,7 +318,7 @@ def walk_of(ops: Operands) -> Sharing | None:
 def fits(ops: Operands) -> bool:
     """Whether one tile holds a window, and enough windows share a bias to make it once."""
     # Two TF32 parts of every float32 operand would leave no registers for the bias.
-    if ops.is_varlen or not ops.is_half or max(ops.seqlen_q, ops.seqlen_k) > LONGEST:
+    if ops.is_varlen or not ops.is_half or max(ops.seqlen_q, ops.seqlen_k) > SHORT:
         return False
     if max(ops.head_dim, ops.head_dim_v) > WIDEST or min(ops.seqlen_q, ops.seqlen_k) == 0:
         return False
@@ -334,30 +331,11 @@ def is_cuda(x: Tensor) -> bool:
     return x.device.type != "cpu" and torch.version.hip is None
 
 
-def launch(
-    ops: Operands,
-    out: Tensor,
-    lse: Tensor,
-    *,
-    num_warps: int = 4,
-    stages: int = 2,
-    maxnreg: int | None = 96,
-    resident: int = 4,
-) -> None:
-    """Fill `out` (as `[B, H, N, head_dim_v]`) and `lse` for a call that `fits`.
-
-    Args:
-        ops: the call.
-        out: as `[B, H, N, head_dim_v]`.
-        lse: `[B, H, N]`.
-        num_warps: warps of a program.
-        stages: windows whose loads are in flight or done, the one worked on included.
-        maxnreg: registers of a thread at most.
-        resident: programs that one multiprocessor runs beside each other.
-    """
-    walk = walk_of(ops)
+def launch(ops: Operands, out: Tensor, lse: Tensor) -> None:
+    """Fill `out` (as `[B, H, N, head_dim_v]`) and `lse` (`[B, H, N]`) for a call that `fits`."""
+    walk, config = walk_of(ops), walk_config("forward", ops)
     assert walk is not None
-    splits = splits_of(walk, resident * multiprocessors(ops.q.device))
+    splits = splits_of(walk, config.resident * multiprocessors(ops.q.device))
     _fwd_short_kernel[(walk.groups, splits)](
         **ops.arguments,
         out_ptr=out,
@@ -367,17 +345,12 @@ def launch(
         walk_v2=walk.v2,
         members_per_split=cdiv(walk.members, splits),
         FTZ=is_cuda(ops.q),
-        BLOCK_M=max(16, next_power_of_2(ops.seqlen_q)),
-        BLOCK_N=max(16, next_power_of_2(ops.seqlen_k)),
-        STAGES=stages,
-        num_warps=num_warps,
-        num_stages=stages,
-        **_registers(maxnreg),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        STAGES=config.num_stages,
+        num_warps=config.num_warps,
+        num_stages=1,  # of other loops: that over chunks of wide factors runs once, and its buffers would be in the way
     )
-
-
-def _registers(maxnreg: int | None) -> dict[str, Any]:
-    return {} if maxnreg is None else {"maxnreg": maxnreg}
 
 
 @functools.lru_cache(maxsize=1024)

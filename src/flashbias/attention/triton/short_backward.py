@@ -22,6 +22,7 @@ from torch import Tensor
 
 from flashbias.attention.layout import cdiv, next_power_of_2
 from flashbias.attention.triton import short
+from flashbias.attention.triton.configs import walk_config
 from flashbias.attention.triton.operands import Operands, multiprocessors, strides_of
 from flashbias.attention.triton.primitives import (
     LOG2E,
@@ -286,17 +287,12 @@ def launch(
     dlse: Tensor | None,
     lse: Tensor,
     needs_grad: tuple[bool, ...],
-    *,
-    num_warps: int = 4,
-    stages: int = 2,
-    maxnreg: int | None = 168,
-    resident: int = 2,
 ) -> None:
     """Fill the gradients of query, key, value and the factors for a call that `fits`."""
     need_phi = needs_grad[3] or needs_grad[4]
-    walk, factors = short.walk_of(ops), ops.factors
+    walk, factors, config = short.walk_of(ops), ops.factors, walk_config("backward", ops)
     assert walk is not None
-    splits = short.splits_of(walk, resident * multiprocessors(ops.q.device))
+    splits = short.splits_of(walk, config.resident * multiprocessors(ops.q.device))
     arguments: dict[str, Any] = {}
     for name, grad, like in (("dq", grads[0], ops.q), ("dk", grads[1], ops.k), ("dv", grads[2], ops.v)):
         target = ops.flat(grad) if grad.numel() else torch.empty_like(like)
@@ -327,12 +323,11 @@ def launch(
         IS_PACKED=factors is not None and factors.terms > 1,
         STORE_DPHI=need_phi,
         BLOCK_G=max(16, next_power_of_2(rank)),
-        BLOCK_M=max(16, next_power_of_2(ops.seqlen_q)),
-        BLOCK_N=max(16, next_power_of_2(ops.seqlen_k)),
-        STAGES=stages,
-        num_warps=num_warps,
-        num_stages=stages,
-        **({} if maxnreg is None else {"maxnreg": maxnreg}),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        STAGES=config.num_stages,
+        num_warps=config.num_warps,
+        num_stages=1,  # of other loops than that over windows
     )
     for need, grad, partial, sharing in (
         (needs_grad[3], grads[3], partials[0], ops.sharing_q),

@@ -1,4 +1,4 @@
-"""Backward pass of short sequences: one tile holds all queries and keys of a window.
+"""Backward pass of short sequences that `short_backward.py` does not take: one tile holds all queries and keys.
 
 Everything follows from one recomputation of the weights. Windows that share their factors are walked over by one
 program, which adds up dS itself: the two products with the factors are made once, at the end.
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from flashbias.attention.layout import Sharing, cdiv, next_power_of_2
-from flashbias.attention.triton.configs import choose
+from flashbias.attention.triton.configs import SHORT, choose
 from flashbias.attention.triton.operands import Operands, multiprocessors, strides_of, walk_sizes
 from flashbias.attention.triton.primitives import (
     LOG2E,
@@ -31,9 +31,6 @@ from flashbias.attention.triton.primitives import (
     store_tile,
     weights_and_gradients,
 )
-
-LONGEST = 64
-"""Longest sequence that one tile holds."""
 
 WIDEST = 64
 """Largest rank whose factors stand beside the tile in registers."""
@@ -311,7 +308,7 @@ def _bwd_window_kernel(
 
 def fits(ops: Operands, needs_grad: tuple[bool, ...]) -> bool:
     """Whether one tile holds a window and one walk serves both factors."""
-    if ops.is_varlen or ops.group > 1 or max(ops.seqlen_q, ops.seqlen_k) > LONGEST:
+    if ops.is_varlen or ops.group > 1 or max(ops.seqlen_q, ops.seqlen_k) > SHORT:
         return False
     if max(ops.head_dim, ops.head_dim_v) > 64 or not any(needs_grad[:5]):
         return False
