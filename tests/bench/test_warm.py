@@ -68,6 +68,13 @@ def test_what_cannot_run_here_is_passed_over(monkeypatch):
     assert warm(jobs(absent, elsewhere), SETTINGS, 4) == {}
 
 
+def test_what_a_provider_does_not_support_is_no_failure():
+    assert (
+        warm(jobs(registry()["dense/sdpa-cudnn"], registry()["ours/sdpa"], registry()["ours/triton"]), SETTINGS, 1)
+        == {}
+    )
+
+
 def test_a_crash_costs_its_own_unit(mine, tmp_path):
     failures = warm(jobs(mine["crash"], mine["log"], passes=("fwd",)), SETTINGS, 1)
     assert list(failures) == [f"{case.name} fwd mine/crash float32" for case in CASES]

@@ -16,6 +16,8 @@ from flashbias.bench.rows import Job, Settings
 
 __all__ = ["warm"]
 
+HARMLESS = ("ok", "unsupported")  # what cannot run has nothing to compile
+
 
 @dataclass
 class _Hand:
@@ -81,7 +83,8 @@ def _attend(
         if has_answered:
             rows, is_lost = hand.worker.receive()
             hand.is_ready = True
-            failures |= {_name(job): row.status for job, row in zip(hand.jobs, rows, strict=True) if row.status != "ok"}
+            answers = zip(hand.jobs, rows, strict=True)
+            failures |= {_name(job): row.status for job, row in answers if not row.status.startswith(HARMLESS)}
         elif time.monotonic() < hand.until:
             return hand
         else:
