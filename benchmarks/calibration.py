@@ -3,25 +3,22 @@ r"""Times for the planner's coefficients, measured after everything has been com
     python3 benchmarks/calibration.py --out benchmarks/results/h200/planner --name calibration-hopper \
         --providers 'ours*/hopper' 'table*/hopper'
 
-Kernels are compiled for each width, rank and form of the bias, which takes longer than to time them. So each case runs
-once in a process of its own, whose times are dropped, and then all run one after the other, from compiled kernels.
+Kernels are compiled for each width, rank and form of the bias, which takes longer than to time them. So all rows run
+once, many at a time, and then one after the other, from compiled kernels.
 `flashbias bench --calibrate --from …` fits coefficients to the rows.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from benchmarks.record import say
 
 from flashbias.bench import Row, run
 from flashbias.bench.calibrate import calibration_providers
-from flashbias.bench.cases import Case, find_cases
+from flashbias.bench.cases import find_cases
 from flashbias.bench.probes import CALIBRATION
 
 
@@ -31,10 +28,6 @@ def main() -> None:
     known = {case.name: case for case in CALIBRATION[options.device]}
     cases = find_cases(options.cases or known, small=options.small, known=known)
     began = time.perf_counter()
-    if options.processes > 1:
-        compile_all(cases, options)
-        say(f"{len(cases)} cases have run once after {time.perf_counter() - began:.0f} s")
-    options.out.mkdir(parents=True, exist_ok=True)
     path = run(
         cases,
         providers=calibration_providers(options.device, options.providers),
@@ -47,25 +40,10 @@ def main() -> None:
         min_repetitions=5,
         commit=options.commit,
         progress=show,
+        warm=options.processes,
+        say=say,
     )
     say(f"written: {path} after {time.perf_counter() - began:.0f} s")
-
-
-def compile_all(cases: list[Case], options: argparse.Namespace) -> None:
-    """Run every case once, many at a time; one that fails is compiled when it is measured."""
-    with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
-        runs = {case: pool.submit(measured, case, options.providers, options.device) for case in cases}
-        for case, done in runs.items():
-            if (error := done.exception()) is not None:
-                say(f"{case.name} did not run beside the others: {error}")
-
-
-def measured(case: Case, providers: list[str], device: str) -> None:
-    """Run a case once, for what it leaves in the caches of the compilers."""
-    dtype = "bfloat16" if device == "cuda" else "float32"
-    chosen = calibration_providers(device, providers)
-    with tempfile.TemporaryDirectory() as folder:
-        run([case], providers=chosen, dtypes=(dtype,), out_dir=folder, device=device, budget_s=1e-4, min_repetitions=1)
 
 
 def show(done: int, total: int, row: Row) -> None:
@@ -82,9 +60,9 @@ def parser() -> argparse.ArgumentParser:
     add("--providers", nargs="+", help="default: all that a plan can use")
     add("--cases", nargs="+", help="default: all of the device")
     add("--device", choices=tuple(CALIBRATION), default="cuda")
-    add("--processes", type=int, default=16, help="that compile at once; 1: none")
+    add("--processes", type=int, default=16, help="that compile at once; 0: none")
     add("--budget", type=float, default=0.1, help="seconds of repetitions for one row")
-    add("--time-limit", type=float, help="seconds for the rows; what does not fit is skipped")
+    add("--time-limit", type=float, help="seconds for all of it; what does not fit is skipped")
     add("--small", action="store_true", help="small versions of the cases")
     add("--commit", help="of the source, where it is no repository")
     return found

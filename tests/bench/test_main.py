@@ -74,6 +74,8 @@ def test_the_paper_is_a_suite_of_its_own(tmp_path, capsys):
         ["--dtypes", "int8"],
         ["--render", "nowhere.csv"],
         ["--time-limit", "0"],
+        ["--warm", "-1"],
+        ["--first", "nobody"],
     ],
 )
 def test_bad_arguments_end_with_one_line_and_status_2(arguments, capsys, tmp_path):
@@ -88,7 +90,16 @@ def test_help_teaches(capsys):
         main(["--help"])
     assert stopped.value.code == 0
     printed = capsys.readouterr().out
-    for option in ("--cases", "--providers", "--time-limit", "--isolate", "--resume", "--write-tables"):
+    for option in (
+        "--cases",
+        "--providers",
+        "--time-limit",
+        "--isolate",
+        "--warm",
+        "--first",
+        "--resume",
+        "--write-tables",
+    ):
         assert option in printed
 
 

@@ -193,6 +193,57 @@ def test_inputs_and_references_are_made_once_for_a_case(monkeypatch):
     assert made == [{"biased": True, "grads": True}, {"biased": False, "grads": True}]
 
 
+def test_one_reference_serves_both_passes(monkeypatch):
+    made = []
+    compute = rows.Reference.compute
+    monkeypatch.setattr(
+        rows.Reference, "compute", lambda *args, **options: made.append(options) or compute(*args, **options)
+    )
+    timer = RowTimer(SETTINGS, ("fwd", "fwdbwd"))
+    case = bench.CASES["swin-49"].small()
+    for pass_name in ("fwd", "fwdbwd"):
+        for name in ("ours/sdpa", "dense/sdpa"):
+            assert timer.measure(Job(case, pass_name, registry()[name], "float32"), 30).status == "ok"
+    assert made == [{"biased": True, "grads": True}]
+
+
+def test_a_device_with_room_keeps_earlier_cases(monkeypatch):
+    drawn = []
+    inputs = bench.Case.inputs
+    monkeypatch.setattr(bench.Case, "inputs", lambda case, *args: drawn.append(case.name) or inputs(case, *args))
+    timer = RowTimer(SETTINGS)
+    first, second = (
+        Job(bench.CASES[name].small(), "fwd", registry()["ours/sdpa"], "float32") for name in ("swin-49", "full-32")
+    )
+    share = 0.0
+    monkeypatch.setattr(timer, "_kept_share", lambda: share)
+    for job in (first, second, first, second):
+        timer.measure(job, 30)
+    assert drawn == ["swin-49@small", "full-32@small"]
+    share = 1.0
+    third = Job(bench.CASES["full-64"].small(), "fwd", registry()["ours/sdpa"], "float32")
+    for job in (third, first):
+        timer.measure(job, 30)
+    assert drawn[2:] == ["full-64@small", "swin-49@small"]
+    assert len(timer._kept) == 1
+
+
+def test_memory_that_other_cases_keep_is_no_reason_to_run_out(monkeypatch):
+    timer = RowTimer(SETTINGS)
+    monkeypatch.setattr(timer, "_kept_share", lambda: 0.0)
+
+    def greedy(inputs, grads):
+        if len(timer._kept) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 16 GiB")
+        return right(inputs, grads)
+
+    first, second = (bench.CASES[name].small() for name in ("swin-49", "full-32"))
+    assert timer.measure(Job(first, "fwd", registry()["ours/sdpa"], "float32"), 30).status == "ok"
+    assert timer.measure(Job(second, "fwd", Provider("mine/greedy", greedy), "float32"), 30).status == "ok"
+    always = failing("mine/always", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 900 GiB"))
+    assert timer.measure(Job(first, "fwd", always, "float32"), 30).status == "oom"
+
+
 # -------------------------------------------------------------------- time
 
 
@@ -297,6 +348,33 @@ def crashing(tmp_path, monkeypatch):
     sys.modules.pop("crashing_provider")
 
 
+def test_rows_that_matter_come_first_and_resume_goes_on(tmp_path):
+    slow = Provider("mine/slow", sleeping)
+    said, seen = [], []
+    path = run(
+        tmp_path,
+        [slow, "ours/sdpa"],
+        cases=["swin-49", "full-32"],
+        first=["ours/sdpa"],
+        time_limit_s=4,
+        say=said.append,
+    )
+    assert [row.status for row in read_rows(path)] == ["skipped: time limit", "ok"] * 2
+    assert said == ["2 of 4 rows did not fit 4 s; resume goes on with them"]
+    quick = Provider("mine/slow", right)
+    path = run(
+        tmp_path,
+        [quick, "ours/sdpa"],
+        cases=["swin-49", "full-32"],
+        resume=True,
+        isolate=False,
+        progress=lambda done, total, row: seen.append(row.status),
+        say=said.append,
+    )
+    assert seen == ["ok"] * 4
+    assert len(said) == 1  # nothing is missing any more
+
+
 def test_a_crash_costs_one_row(tmp_path, crashing):
     path = run(tmp_path / "out", [Provider("mine/crash", crashing), "ours/sdpa", "ours/reference"], isolate=True)
     assert statuses(path) == {
@@ -316,6 +394,8 @@ def test_a_crash_costs_one_row(tmp_path, crashing):
         ({"passes": ["bwd"]}, r"unknown pass 'bwd'; allowed are fwd, fwdbwd"),
         ({"dtypes": ["float8"]}, "unknown dtype 'float8'"),
         ({"time_limit_s": 0}, "time_limit_s must be positive, got 0"),
+        ({"warm": -1}, "warm must be a number of processes, 0 for none, got -1"),
+        ({"first": ["nobody"]}, "unknown provider 'nobody'"),
         ({"row_limit_s": -1}, "row_limit_s must be positive, got -1"),
     ],
 )

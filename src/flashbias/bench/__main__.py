@@ -54,7 +54,14 @@ def _run(suite: Suite, options: argparse.Namespace) -> list[Path]:
         min_repetitions=options.min_repetitions,
         row_limit_s=options.row_limit,
         commit=options.commit,
+        first=options.first,
+        warm=options.warm,
+        say=_say,
     )
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def _print_row(done: int, total: int, row: Row) -> None:
@@ -121,6 +128,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--budget", type=float, default=0.4, metavar="S", help="seconds of repetitions for one row")
     add("--min-repetitions", type=int, default=10, metavar="N", help="repetitions at least")
     add("--isolate", action="store_true", help="measure in a child process: a crash costs one row")
+    add("--warm", type=int, default=0, metavar="N", help="compile with N processes at once before anything is timed")
+    add("--first", nargs="+", default=[], metavar="WHO", help="providers to measure on all cases before the others")
     add("--resume", action="store_true", help="keep what an earlier run in --out has finished")
     add("--small", action="store_true", help="small versions of the cases, for a CPU")
     add("--device", help="default: cuda where there is one, else cpu")

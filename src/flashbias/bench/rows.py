@@ -8,8 +8,9 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
 
 import torch
 
@@ -26,6 +27,7 @@ PASSES = ("fwd", "fwdbwd")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 REASON_LENGTH = 140
+KEPT_SHARE = 1 / 8  # of a GPU's memory, for inputs and references of cases whose turn may come again
 
 
 @dataclass(frozen=True)
@@ -57,23 +59,35 @@ class OverTime(BaseException):
     """A row has used up its time. Not an `Exception`, so that no autotuner takes it for one of its own."""
 
 
+@dataclass
+class _Kept:
+    """A case's inputs, and its references by (biased, grads)."""
+
+    inputs: Inputs
+    references: dict[tuple[bool, bool], Reference] = field(default_factory=dict)
+
+
 class RowTimer:
-    """Measures rows in this process. Inputs and references are kept for as long as the case stays the same.
+    """Measures rows in this process.
+
+    Inputs and references are computed once and serve all providers. On a GPU those of earlier cases are kept as long
+    as they take little of its memory, on a CPU those of the last case.
 
     Args:
         settings: of the run.
+        passes: of the run; if `fwdbwd` is among them, a reference has gradients from the start and serves both.
 
     Attributes:
         lost: why no further row can be measured in this process (a CUDA context does not recover from an
             illegal access), or None.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, passes: Collection[str] = ()) -> None:
         self.settings = settings
         self.device = torch.device(settings.device)
         self.lost: str | None = None
-        self._inputs: tuple[tuple[Case, str], Inputs] | None = None
-        self._references: dict[tuple[bool, bool], Reference] = {}
+        self._with_gradients = "fwdbwd" in passes
+        self._kept: dict[tuple[Case, str], _Kept] = {}
 
     def measure(self, job: Job, limit_s: float) -> Row:
         """Measure one row. Whatever a provider does, a row comes back; only an interruption passes through.
@@ -82,6 +96,32 @@ class RowTimer:
             job: what to measure.
             limit_s: how long it may take, everything included.
         """
+        ends = time.monotonic() + limit_s
+        row = self._guarded(self._measure, job, limit_s)
+        if row.status == "oom" and len(self._kept) > 1 and not self.lost:
+            self.close()  # what other cases have kept may have been in the way
+            row = self._guarded(self._measure, job, ends - time.monotonic())
+        return row
+
+    def compile(self, job: Job, limit_s: float) -> Row:
+        """Run a provider once, for what compilers leave in their caches; the row has no number.
+
+        Args:
+            job: what to run.
+            limit_s: how long it may take.
+        """
+        if (job.case, job.dtype) not in self._kept:
+            self.close()  # many processes share the device now
+        return self._guarded(self._compile, job, limit_s)
+
+    def close(self) -> None:
+        """Let go of inputs and references."""
+        self._kept.clear()
+        if self.device.type == "cuda" and not self.lost:
+            torch.cuda.empty_cache()
+
+    def _guarded(self, action: Callable[[Job], Row], job: Job, limit_s: float) -> Row:
+        """Turn whatever happens into a row, and leave nothing behind in memory."""
         if self.lost:
             return job.row(f"error: device lost earlier: {self.lost}")
         if self.device.type not in job.provider.devices:
@@ -90,7 +130,7 @@ class RowTimer:
             return job.row("not installed")
         try:
             with _time_limit(limit_s):
-                return self._measure(job)
+                return action(job)
         except OverTime:
             return job.row(f"error: over the time limit of {limit_s:.3g} s")
         except Exception as error:  # a peer may raise anything; the row says what
@@ -98,15 +138,15 @@ class RowTimer:
         finally:
             self._clean_up(job)
 
-    def close(self) -> None:
-        """Let go of inputs and references."""
-        self._inputs = None
-        self._references.clear()
+    def _compile(self, job: Job) -> Row:
+        grads = job.pass_name == "fwdbwd"
+        job.provider.prepare(self._case(job).inputs, grads).run(grads)
+        return job.row("ok")
 
     def _measure(self, job: Job) -> Row:
         grads = job.pass_name == "fwdbwd"
-        inputs = self._inputs_of(job)
-        reference = self._reference(inputs, job.provider.biased, grads)
+        case = self._case(job)
+        inputs, reference = case.inputs, self._reference(case, job.provider.biased, grads)
         prepared = job.provider.prepare(inputs, grads)
         _poison(inputs)
         error = max_rel_error(prepared.named(prepared.run(grads)), reference)
@@ -129,20 +169,29 @@ class RowTimer:
             max_rel_error=shown_error,
         )
 
-    def _inputs_of(self, job: Job) -> Inputs:
+    def _case(self, job: Job) -> _Kept:
+        """Inputs are drawn once for all rows of a case."""
         key = (job.case, job.dtype)
-        if self._inputs is None or self._inputs[0] != key:
-            self.close()  # before the next case is drawn
-            self._inputs = (key, job.case.inputs(DTYPES[job.dtype], self.device, self.settings.seed))
-        return self._inputs[1]
+        if key not in self._kept:
+            while self._kept and self._kept_share() > KEPT_SHARE:
+                del self._kept[next(iter(self._kept))]  # the oldest, before the next case is drawn
+            self._kept[key] = _Kept(job.case.inputs(DTYPES[job.dtype], self.device, self.settings.seed))
+        return self._kept[key]
 
-    def _reference(self, inputs: Inputs, biased: bool, grads: bool) -> Reference:
+    def _kept_share(self) -> float:
+        """Share of the device's memory that is in use between rows; a CPU's is not this process's to fill."""
+        if self.device.type != "cuda":
+            return 1.0
+        return torch.cuda.memory_allocated(self.device) / torch.cuda.get_device_properties(self.device).total_memory
+
+    def _reference(self, case: _Kept, biased: bool, grads: bool) -> Reference:
         """The reference with gradients serves both passes, so it is looked for first."""
         for key in ((biased, True), (biased, grads)):
-            if key in self._references:
-                return self._references[key]
-        self._references[biased, grads] = Reference.compute(inputs, biased=biased, grads=grads)
-        return self._references[biased, grads]
+            if key in case.references:
+                return case.references[key]
+        grads = grads or self._with_gradients
+        case.references[biased, grads] = Reference.compute(case.inputs, biased=biased, grads=grads)
+        return case.references[biased, grads]
 
     def _clean_up(self, job: Job) -> None:
         """Free what the provider held; find out whether the device still answers."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, astuple
@@ -19,6 +20,7 @@ from flashbias.bench.isolation import IsolatedTimer
 from flashbias.bench.providers import FAMILIES, Provider, find_providers
 from flashbias.bench.report import Row, read_rows, replace_file, write_rows
 from flashbias.bench.rows import DTYPES, PASSES, Job, RowTimer, Settings
+from flashbias.bench.warm import warm as warm_up
 
 __all__ = ["run"]
 
@@ -44,6 +46,9 @@ def run(
     min_repetitions: int = 10,
     row_limit_s: float = 90.0,
     commit: str | None = None,
+    first: Iterable[str | Provider] = (),
+    warm: int = 0,
+    say: Callable[[str], None] | None = None,
 ) -> Path:
     """Measure providers on cases; write `NAME.csv` and, beside it, the environment as `NAME.json`.
 
@@ -60,8 +65,9 @@ def run(
         out_dir: folder for the files; made if need be.
         progress: called after each row with the number of rows done, of all rows, and the row.
         time_limit_s: for the whole run; rows that do not fit are written as `skipped: time limit`.
-        isolate: measure in a child process, so that a crash or a hang costs one row and not the run. A script
-            that asks for it must guard its own code with `if __name__ == "__main__"`.
+        isolate: measure in a child process, so that a crash or a hang costs one row and not the run; the next one
+            waits, already started. A script that asks for it must guard its own code with
+            `if __name__ == "__main__"`.
         name: of the files.
         resume: keep the rows of an interrupted or shortened run in the same folder; measure what is missing.
         small: take the small version of every case.
@@ -71,13 +77,18 @@ def run(
         min_repetitions: how often to repeat it at least.
         row_limit_s: for one row: compilation, agreement check and timing.
         commit: of the source, where git cannot be asked.
+        first: providers, named as in `providers`, that are measured on all cases before the others: what matters if
+            the time may run out. The order in the CSV stays.
+        warm: processes that compile before anything is timed, for at most half of the time; 0: each row compiles when
+            its turn comes. The guard that `isolate` needs is needed here too.
+        say: called with a line on what was compiled, and on rows that did not fit.
 
     Returns:
         Path of the CSV.
 
     Raises:
-        ValueError: an unknown case, pass, provider or dtype; a limit that is not positive; results to resume
-            that were measured on another device, with another torch or seed.
+        ValueError: an unknown case, pass, provider or dtype; a limit that is not positive; a negative number of
+            processes; results to resume that were measured on another device, with another torch or seed.
 
     Example:
         >>> import tempfile, flashbias.bench as bench
@@ -97,8 +108,10 @@ def run(
         int(_positive("min_repetitions", min_repetitions)),
         _positive("row_limit_s", row_limit_s),
     )
-    if time_limit_s is not None:
-        _positive("time_limit_s", time_limit_s)
+    ends = math.inf if time_limit_s is None else began + _positive("time_limit_s", time_limit_s)
+    if warm < 0:
+        raise ValueError(f"warm must be a number of processes, 0 for none, got {warm}")
+    early = {provider.name for provider in find_providers(first, torch.device(device).type)}
     chosen = find_providers(providers, torch.device(device).type)
     jobs = [
         Job(case, pass_name, provider, dtype)
@@ -113,23 +126,43 @@ def run(
     files = _Files(Path(out_dir), name)
     facts = {**describe_environment(torch.device(device), commit), "settings": asdict(settings)}
     rows = files.begin(facts, resume)
-    timer: _Timer = IsolatedTimer(settings) if isolate else RowTimer(settings)
-    done = 0
+    turns = sorted(jobs, key=lambda job: job.provider.name not in early)
+    missing = [job for job in turns if job.row("").key not in rows]
+    say = say or _say_nothing
+    if warm:
+        facts["warm"] = _warm(missing, settings, warm, (time.monotonic() + ends) / 2, say)
+    passes = {job.pass_name for job in missing}
+    timer: _Timer = IsolatedTimer(settings, passes, ends) if isolate else RowTimer(settings, passes)
     try:
-        for job in jobs:
+        for done, job in enumerate(turns, 1):
             row = rows.get(job.row("").key)
             if row is None:
-                left = float("inf") if time_limit_s is None else time_limit_s - (time.monotonic() - began)
-                row = _measure(timer, job, settings.row_limit_s, left)
+                row = _measure(timer, job, settings.row_limit_s, ends)
                 rows[row.key] = row
                 files.add(row)
-            done += 1
             if progress is not None:
                 progress(done, len(jobs), row)
     finally:
         timer.close()
         files.close()
+    if skipped := sum(not rows[job.row("").key].is_finished for job in jobs):
+        say(f"{skipped} of {len(jobs)} rows did not fit {time_limit_s:g} s; resume goes on with them")
     return files.finish({**facts, "seconds": round(time.monotonic() - began, 1)}, jobs, rows)
+
+
+def _say_nothing(line: str) -> None:
+    pass
+
+
+def _warm(jobs: list[Job], settings: Settings, processes: int, ends: float, say: Callable[[str], None]) -> dict:
+    """Compile what the jobs need; return what there is to know about it for the JSON."""
+    began = time.monotonic()
+    failures = warm_up(jobs, settings, processes, ends)
+    seconds = round(time.monotonic() - began, 1)
+    say(f"rows have run once, {processes} at a time, after {seconds} s; {len(failures)} did not")
+    for job, reason in failures.items():
+        say(f"  {job}: {reason}")
+    return {"processes": processes, "seconds": seconds, "failures": failures}
 
 
 class _Timer(Protocol):
@@ -138,14 +171,16 @@ class _Timer(Protocol):
     def close(self) -> None: ...
 
 
-def _measure(timer: _Timer, job: Job, row_limit_s: float, left_s: float) -> Row:
+def _measure(timer: _Timer, job: Job, row_limit_s: float, ends: float) -> Row:
     """Measure a row within its own limit and what is left of the run's."""
     skipped = job.row("skipped: time limit")
-    if left_s <= 0:
+    left = ends - time.monotonic()
+    if left <= 0:
         return skipped
-    row = timer.measure(job, min(row_limit_s, left_s))
+    row = timer.measure(job, min(row_limit_s, left))
     # A row that the end of the run cut short is no verdict on its provider.
-    return skipped if left_s < row_limit_s and row.status.startswith(("error: over the time", "error: hung")) else row
+    was_cut = time.monotonic() >= ends and row.status.startswith(("error: over the time", "error: hung"))
+    return skipped if was_cut else row
 
 
 def _known(kind: str, names: Iterable[str], allowed: Iterable[str]) -> list[str]:

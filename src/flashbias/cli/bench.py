@@ -34,6 +34,10 @@ def bench(
     device: Annotated[str | None, typer.Option(help="Default: cuda where there is one, else cpu.")] = None,
     small: Annotated[bool, typer.Option("--small", help="Small versions of the cases, for a CPU.")] = False,
     isolate: Annotated[bool, typer.Option("--isolate", help="Measure in a child: a crash costs one row.")] = False,
+    warm: Annotated[int, typer.Option(help="Processes that compile at once before anything is timed.")] = 0,
+    first: Annotated[
+        list[str] | None, typer.Option(help="A provider to measure on all cases before the others.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep the rows of an interrupted run.")] = False,
     time_limit: Annotated[float | None, typer.Option(help="Seconds for the whole run.")] = None,
     show: Annotated[bool, typer.Option("--list", help="List cases and providers, and leave.")] = False,
@@ -90,6 +94,8 @@ def bench(
         _check_device(device)
     if rows and not calibration:
         raise ValueError("--from goes with --calibrate")
+    if calibration and (warm or first):
+        raise ValueError("--warm and --first do not go with --calibrate")
     if calibration and suite != "bench":
         raise ValueError(f"--calibrate has cases of its own and does not go with {suite!r}")
     out = out or Path("results") / suite
@@ -133,6 +139,9 @@ def bench(
             resume=resume,
             time_limit_s=time_limit,
             progress=report,
+            first=first or (),
+            warm=warm,
+            say=console.print,
         )
     console.print(f"{chosen.render(paths[0])}\nwrote {' '.join(map(str, paths))}")
 
