@@ -155,7 +155,6 @@ class KernelSuite:
         loose = fb.varlen_attention(q, k, v, cu, cu, max_seqlen_q=64, max_seqlen_k=80, impl="triton")
         assert torch.equal(exact, loose)  # type: ignore[arg-type]
 
-
     def test_varlen_starts_may_be_strided(self) -> None:
         q, k, v = (torch.randn(40, 2, 16, device=self.device) for _ in range(3))
         wide = torch.tensor([[0, 5], [7, 5], [40, 5]], dtype=torch.int32, device=self.device)
