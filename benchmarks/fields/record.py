@@ -21,8 +21,8 @@ __all__ = ["Record", "failure", "joined", "merge"]
 class Record:
     """Rows and summary of a run; a field's own record names its columns.
 
-    Rows that an earlier run left in the same place stay, unless this run has some of their part; the summary names
-    their commit.
+    Rows that an earlier run left in the same place stay, unless this run has some of their part and case; the summary
+    names their commit.
 
     Args:
         arguments: of the command line.
@@ -37,7 +37,7 @@ class Record:
         self.rows: list[Row] = []
         self.summary: dict[str, object] = {}
         self.began = time.perf_counter()
-        self._earlier, self._about_earlier = read(arguments.out, arguments.subcommand)
+        self.earlier, self._about_earlier = read(arguments.out, arguments.subcommand)
 
     def say(self, text: str) -> None:
         """Tell the user how far things are, and after how many seconds."""
@@ -47,7 +47,7 @@ class Record:
         """Write everything so far."""
         if not self.rows:
             return
-        rows, summary = joined(self._earlier, self._about_earlier, self.rows, self.summary)
+        rows, summary = joined(self.earlier, self._about_earlier, self.rows, self.summary)
         write(self.arguments, rows, summary)
 
     def add(self, part: str, *, quiet: bool = False, **values: object) -> None:
@@ -124,6 +124,8 @@ def joined(
 ) -> tuple[list[Row], dict[str, object]]:
     """Rows of an earlier run and of a later one, which replaces every part that it has.
 
+    Where a field has a column "case", a later run of some cases leaves the others of the same part.
+
     Args:
         earlier: rows of the earlier run.
         about: what its JSON says.
@@ -131,22 +133,32 @@ def joined(
         summary: of the later run.
 
     Returns:
-        The rows, all with the columns of both, and the summary; its "kept" has the commit of each part of earlier runs.
+        The rows, all with the columns of both, and the summary; its "kept" has the commit of each part of earlier runs,
+        and of each of its cases where both have some.
     """
-    parts = {row["part"] for row in rows}
-    kept = [row for row in earlier if row["part"] not in parts]
+    parts, groups = {row["part"] for row in rows}, {_group(row) for row in rows}
+    kept = [row for row in earlier if _group(row) not in groups]
     empty: Row = dict.fromkeys([*rows[0], *(kept[0] if kept else ())], "")
     before = about.get("summary", {})
     commits = before.get("kept", {})
-    found = {str(row["part"]): commits.get(row["part"], about.get("commit")) for row in kept}
-    whole: dict[str, object] = {**before, **summary}
+    found = {}
+    for row in kept:
+        part, whole = row["part"], " ".join(_group(row)).strip()
+        commit = commits.get(whole, commits.get(part, about.get("commit")))
+        found[whole if part in parts or whole in commits else part] = commit
+    joint: dict[str, object] = {**before, **summary}
     found |= summary.get("kept", {})
-    whole.pop("kept", None)
-    return [empty | row for row in (*kept, *rows)], whole | ({"kept": found} if found else {})
+    joint.pop("kept", None)
+    return [empty | row for row in (*kept, *rows)], joint | ({"kept": found} if found else {})
+
+
+def _group(row: Row) -> tuple[str, str]:
+    """What is replaced as a whole: a part, or a case of it."""
+    return str(row["part"]), str(row.get("case", ""))
 
 
 def merge(out: Path, later: Path, field: str) -> None:
-    """Take all parts that a later run has left in another folder into `out`, in place of those that are there.
+    """Take all that a later run has left in another folder into `out`, as `joined` does.
 
     Raises:
         FileNotFoundError: the other folder has no results of the field.

@@ -396,6 +396,14 @@ def test_what_was_never_timed_is_not_predicted(tmp_path: Path) -> None:
     assert plan(w, ranks=4, device=path).ms("factored") == plan(w, ranks=4, device="cpu").ms("factored")
     with pytest.raises(NoCoefficientsError, match="ours/sdpa was not measured with lookups"):
         plan(w, table=9, device=str(path))
+    # Another implementation that was timed stands for both, however slow it is.
+    slower = [dict(model, provider="ours/slow") for model in content["models"] if model["provider"] == "ours/sdpa"]
+    for model in slower:
+        model["coefficients"] = {name: 9 * value for name, value in model["coefficients"].items()} | {"lookups": 1.0}
+    path.write_text(json.dumps({**content, "models": [*content["models"], *slower]}))
+    providers = {p.form: p.provider for p in plan(w, ranks=4, table=9, device=path).predictions}
+    assert (providers["table"], providers["factored"]) == ("ours/slow", "ours/sdpa")
+    assert HeadCosts(w, path).table(9) > HeadCosts(w, path).factored(4)
 
 
 @pytest.mark.parametrize(

@@ -224,6 +224,16 @@ class TestKernelsWithLimits:
         assert ready_columns(rank, factor_dtype, factor_dtype, head_dim**-0.5, w.dtype) == columns
 
 
+def test_the_rows_that_ship_can_be_fitted(tmp_path: Path) -> None:
+    """Those of the kernels for Hopper have no tables everywhere; tables then are those of the portable kernels."""
+    results = Path(__file__).parents[2] / "benchmarks" / "results" / "h200"
+    rows = [results / "bench.csv", *sorted((results / "planner").glob("calibration*.csv"))]
+    found = calibrate(tmp_path / "h200.json", rows=rows)
+    forms = {comparison.form for comparison in found.comparisons}
+    assert {"factored", "table", "dense", "bias-free"} <= forms
+    assert {"ours/triton", "ours/hopper"} <= {model.provider for model in found.coefficients.models}
+
+
 def test_what_peers_cannot_do_is_known() -> None:
     providers = ("dense/flex", "dense/sdpa-cudnn", "dense/cuequivariance")
     rows = [row(case, provider, pass_name="fwd") for case in list(CASES)[:7] for provider in providers]

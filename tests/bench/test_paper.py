@@ -18,6 +18,7 @@ SHAPES = {
     "car-32k": ((1, 8, 32186, 16), 5),
     "pairformer-1218": ((1, 1218, 4, 1218, 32), 96),
     "pangu-fine": ((30, 744, 144, 32), 56),
+    "pangu-coarse": ((15, 768, 144, 32), 56),
 }
 
 
@@ -72,20 +73,21 @@ def test_widths_are_those_of_the_models():
 
 def test_layers_are_those_of_the_models():
     layers = [(e.table, sum(count for _, count in e.calls)) for e in EXPERIMENTS]
-    assert layers == [(3, 48), (4, 24), (5, 8), (5, 8), (5, 8), (6, 96), (7, 4)]
+    assert layers == [(3, 48), (4, 24), (5, 8), (5, 8), (5, 8), (6, 96), (7, 4), (7, 12)]
 
 
 def test_windows_hold_all_tokens_of_64_images():
     for stage, (name, side) in enumerate((("swinv2-stage1", 96), ("swinv2-stage2", 48), ("swinv2-stage3", 24)), 1):
         case = PAPER_CASES[name]
         assert case.batch[0] * case.seqlen == 64 * side**2, stage
-    pangu = PAPER_CASES["pangu-fine"]
-    assert pangu.batch[0] * pangu.num_heads // 6 * pangu.seqlen == 8 * 186 * 360
+    for name, heads, places in (("pangu-fine", 6, 8 * 186 * 360), ("pangu-coarse", 12, 8 * 96 * 180)):
+        pangu = PAPER_CASES[name]
+        assert pangu.batch[0] * pangu.num_heads // heads * pangu.seqlen == places
 
 
-def test_every_experiment_is_reported_forward_and_the_paper_is_never_slower_than_a_dense_bias():
+def test_every_experiment_but_one_is_reported_forward_and_the_paper_is_never_slower_than_a_dense_bias():
     for experiment in EXPERIMENTS:
-        assert "fwd" in experiment.reported
+        assert ("fwd" in experiment.reported) != (experiment.title == "Pangu-Weather, coarse scale")
         for reported in experiment.reported.values():
             factored, dense = reported.figures["factored"], reported.figures["dense bias"]
             assert factored is not None

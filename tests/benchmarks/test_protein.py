@@ -168,10 +168,14 @@ def test_a_run_leaves_its_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with np.load(tmp_path / "protein-maps.npz") as maps:
         assert maps["factors 4"].shape == maps["contacts"].shape
     assert (tmp_path / "p.png").read_bytes()[1:4] == b"PNG"
-    arguments.parts = ["speed"]
+    first = json.loads((tmp_path / "protein.json").read_text())
+    arguments.parts, arguments.commit = ["speed"], "later"
     monkeypatch.setattr(picture, "draw", lambda *_: None)
     protein.run(arguments)
     assert len(list(csv.DictReader((tmp_path / "protein.csv").open(newline="")))) == len(rows), "other parts stay"
+    about = json.loads((tmp_path / "protein.json").read_text())
+    assert (about["commit"], about["summary"].pop("kept")) == ("later", {"train": first["commit"]})
+    assert about["summary"]["matrix"] == first["summary"]["matrix"]
 
 
 def test_a_part_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch):

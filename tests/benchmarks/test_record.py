@@ -34,6 +34,19 @@ def test_what_the_later_run_had_kept_itself_stays():
     assert summary == {"kept": {"train": "a"}}
 
 
+def test_a_later_run_of_some_cases_leaves_the_others():
+    def timed(case: str, ms: float) -> dict[str, object]:
+        return {"part": "attention", "case": case, "ms": ms}
+
+    first = [timed("narrow", 1.0), timed("wide", 2.0), {"part": "train", "case": "", "ms": 3.0}]
+    about = {"commit": "b", "summary": {"kept": {"attention": "a"}}}
+    found, summary = joined(first, about, [timed("narrow", 4.0)], {})
+    assert [(row["case"], row["ms"]) for row in found] == [("wide", 2.0), ("", 3.0), ("narrow", 4.0)]
+    assert summary == {"kept": {"attention wide": "a", "train": "b"}}
+    _, summary = joined(found, {"commit": "c", "summary": summary}, [{"part": "train", "case": "", "ms": 5.0}], {})
+    assert summary == {"kept": {"attention wide": "a", "attention": "c"}}
+
+
 def test_columns_of_both_stay():
     found, _ = joined([{"part": "a", "old": 1}], {}, [{"part": "b", "new": 2}], {})
     assert found == [{"part": "a", "new": "", "old": 1}, {"part": "b", "new": 2, "old": ""}]

@@ -6,13 +6,14 @@ import argparse
 import csv
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from benchmarks.fields import vision
-from benchmarks.fields.vision import data, full, small
+from benchmarks.fields.vision import data, full, kernels, small
 from benchmarks.fields.vision.record import Record
 
 
@@ -79,6 +80,18 @@ def test_the_files_suffice_for_the_picture(written: Path):
     assert {"test_accuracy", "epochs", "exact table, sharp", "share_of_attention"} <= set(summary)
 
 
+def test_the_small_model_is_timed_again_with_the_tables_that_were_learned(written: Path, tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"vision\.npz, which holds the learned tables, is missing"):
+        vision.run(arguments(tmp_path, "--parts", "small-speed"))
+    shutil.copytree(written, tmp_path, dirs_exist_ok=True)
+    vision.run(arguments(tmp_path, "--parts", "small-speed"))
+    before, after = (list(csv.DictReader((folder / "vision.csv").open())) for folder in (written, tmp_path))
+    assert [row for row in before if row["part"] != "speed"] == [row for row in after if row["part"] != "speed"]
+    same = ("provider", "batch", "tol", "form", "rank", "status")
+    first, second = ([[row[c] for c in same] for row in rows if row["part"] == "speed"] for rows in (before, after))
+    assert len(first) == 4 and first == second
+
+
 def test_what_fails_is_a_row_and_a_wrong_result_has_no_time(tmp_path: Path):
     record = Record(arguments(tmp_path))
     with record.row("full", provider="broken"):
@@ -91,6 +104,16 @@ def test_what_fails_is_a_row_and_a_wrong_result_has_no_time(tmp_path: Path):
     broken, wrong = record.rows
     assert broken["status"] == "error: RuntimeError: no such kernel"
     assert str(wrong["status"]).startswith("wrong") and wrong["ms"] == ""
+
+
+def test_kernels_are_summed_by_name_and_gaps_are_what_lies_between():
+    spans = [("a", 10.0, 14.0), ("b", 0.0, 4.0), ("a", 5.0, 9.0), ("c", 11.0, 12.0)]  # c runs beside a
+    assert kernels.by_name(spans) == [("a", 2, 8.0), ("b", 1, 4.0), ("c", 1, 1.0), ("gaps", 0, 2.0)]
+    many = [(str(i), 2.0 * i, 2.0 * i + 1 + 0.1 * (i < 8)) for i in range(10)]
+    found = kernels.by_name(many)
+    assert [name for name, *_ in found] == [*map(str, range(8)), "others", "gaps"]
+    assert found[-2] == ("others", 2, 2.0) and found[-1][2] == pytest.approx(8 * 0.9 + 1.0)
+    assert kernels.by_name([]) == [("gaps", 0, 0.0)]
 
 
 def test_augmented_images_are_shifted_or_mirrored_ones():

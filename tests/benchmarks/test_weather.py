@@ -6,6 +6,7 @@ import argparse
 import csv
 import json
 import runpy
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
         monkeypatch.setattr(train, "TINY", Size(8, 2, 2, WINDOW))
         monkeypatch.setattr(speed, "TINY", replace(speed.TINY, window=WINDOW))
         monkeypatch.setattr(picture, "draw", lambda *_: None)
-        weather.run(arguments(out))
+        weather.run(arguments(out, "--epochs", "40"))  # after one epoch the tables hardly matter
     return out
 
 
@@ -87,6 +88,21 @@ def test_the_files_suffice_for_the_picture(written: Path):
     assert (written / "weather.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((written / "weather.json").read_text())["summary"]
     assert {"rmse model", "rmse climatology", "kept_epoch", "ms exact table", "attention_shape"} <= set(summary)
+
+
+def test_speed_alone_takes_the_tables_that_were_learned(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(speed, "TINY", replace(speed.TINY, window=WINDOW))
+    monkeypatch.setattr(picture, "draw", lambda *_: None)
+    with pytest.raises(FileNotFoundError, match=r"weather\.npz, which holds the learned tables, is missing"):
+        weather.run(arguments(tmp_path, "--parts", "speed"))
+    shutil.copytree(written, tmp_path, dirs_exist_ok=True)
+    weather.run(arguments(tmp_path, "--parts", "speed"))
+    before, after = (list(csv.DictReader((folder / "weather.csv").open())) for folder in (written, tmp_path))
+    timed = ("tables", "attention")
+    assert [row for row in before if row["part"] not in timed] == [row for row in after if row["part"] not in timed]
+    same = ("provider", "weights", "tol", "rank", "status")
+    first, second = ([[row[c] for c in same] for row in rows if row["part"] in timed] for rows in (before, after))
+    assert len(first) > 8 and first == second
 
 
 def test_what_fails_is_a_row(tmp_path: Path):

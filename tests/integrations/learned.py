@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flashbias.decompose import LowRankBias
 from flashbias.factored import FactoredBias
-from flashbias.integrations import PatchReport, UnpatchReport, call, patch, supports, unpatch
+from flashbias.integrations import PatchReport, UnpatchReport, call, patch, supports, unpatch, unpatched_state_dict
 
 SUFFIX = "_flashbias_factors"
 LEARNED: dict[str, Any] = {"tol": TOL, "tables": "factors", "train_bias": True}
@@ -196,12 +196,20 @@ def saves_and_loads(model: Any, images: Tensor) -> None:
     state = model.state_dict()
     with pytest.raises(RuntimeError, match=rf"Unexpected key.*{SUFFIX}\.phi_q"):
         plain.load_state_dict(state)
-    with pytest.raises(RuntimeError, match=rf"Missing key.*{SUFFIX}\.phi_q"):
-        other.load_state_dict(plain.state_dict())
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=r"' is trained as factors in this model.*unpatch\(model\), load"):
+            other.load_state_dict(plain.state_dict(), strict=strict)
+    before = {name: value.clone() for name, value in plain.state_dict().items()}
+    converted, written = unpatched_state_dict(plain, state)
+    assert all(torch.equal(value, before[name]) for name, value in plain.state_dict().items())
     other.load_state_dict(state)
     with torch.no_grad():
         assert torch.equal(features(other, images), expected)
-        assert unpatch(other) == unpatch(model)
+        report = unpatch(other)
+        assert report == unpatch(model)
     assert len(tables_of(model)) > 0
     assert all(torch.equal(table, tables_of(other)[name]) for name, table in tables_of(model).items())
     plain.load_state_dict(model.state_dict())
+    assert converted.keys() == before.keys() and [entry.name for entry in written] == [entry.name for entry in report]
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(converted[name], value, rtol=0, atol=1e-6 * float(1 + value.abs().max()))

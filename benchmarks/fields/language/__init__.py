@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="of each training; default 1,000, 30 with --small")
     parser.add_argument("--seconds", type=float, default=75.0, help="after which a training ends, whatever its steps")
     parser.add_argument("--attention-seconds", type=float, default=60.0, help="at most, for ALiBi alone")
+    parser.add_argument("--cases", nargs="+", help="of the attention part, by name; default: all")
     parser.add_argument("--providers", nargs="+", help="of the attention part; default: ours and all its peers")
     parser.add_argument("--draw", action="store_true", help="only draw the picture, from the CSV in --out")
 

@@ -10,7 +10,7 @@ from benchmarks.fields.language.results import Results
 from torch import Tensor
 
 import flashbias as fb
-from flashbias.bench.cases import Case, Inputs
+from flashbias.bench.cases import Case, Inputs, find_cases
 from flashbias.bench.providers import Prepared, Provider, find_providers
 from flashbias.bench.rows import Job, RowTimer, Settings
 
@@ -40,6 +40,8 @@ ROW_SECONDS = 25.0
 def attention(results: Results) -> None:
     """Time every provider at every shape, each after its agreement with float64."""
     arguments, device = results.arguments, results.device
+    shapes = {case.name: case for case in CASES}
+    cases = find_cases(arguments.cases or shapes, small=arguments.small, known=shapes)
     known = {provider.name: provider for provider in (OURS, EAGER, *find_providers(PEERS, device.type))}
     providers = [known[name] for name in arguments.providers or known]
     timer = RowTimer(
@@ -48,8 +50,8 @@ def attention(results: Results) -> None:
         else Settings(str(device), arguments.seed, 0.15, 5, ROW_SECONDS)
     )
     began = time.perf_counter()
-    for case in CASES[:1] if arguments.small else CASES:
-        time_case(results, timer, case.small() if arguments.small else case, providers, began)
+    for case in cases[:1] if arguments.small else cases:
+        time_case(results, timer, case, providers, began)
         results.write()
     timer.close()
     for name, value in ratios(results).items():

@@ -54,7 +54,8 @@ def _fields(figure: Any, fields: dict[str, Any], rows: list[dict[str, str]]) -> 
     scale = fields["true"].std()
     for place, (name, title) in enumerate(FIELDS.items(), start=1):
         axes = figure.add_subplot(1, 3, place, projection="3d")
-        axes.scatter(x, y, z, c=fields[name] / scale, s=3, cmap="coolwarm", vmin=-limit / scale, vmax=limit / scale)
+        colours = {"c": fields[name] / scale, "vmin": -limit / scale, "vmax": limit / scale}
+        axes.scatter(x, y, z, s=3, cmap="coolwarm", clip_on=False, **colours)  # the zoom reaches beyond the box
         axes.set_aspect("equal")
         axes.set_box_aspect(axes.get_box_aspect(), zoom=1.4)
         axes.view_init(elev=12, azim=-70)

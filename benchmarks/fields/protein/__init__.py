@@ -24,6 +24,7 @@ from benchmarks.fields.protein import data, picture
 from benchmarks.fields.protein.speed import SMALL_SHAPES, Shapes, Timing, timings
 from benchmarks.fields.protein.task import Score, contact_probability
 from benchmarks.fields.protein.train import SMALL, Curve, Plan, Study
+from benchmarks.fields.record import joined
 from benchmarks.record import Row, read, say, write
 
 from flashbias.files import whole_file
@@ -50,12 +51,14 @@ def run(arguments: argparse.Namespace) -> None:
         say(str(data.fetch()))
         return
     if not arguments.draw:
-        rows = [row for row in read(arguments.out, arguments.subcommand)[0] if row["part"] not in arguments.parts]
+        earlier, about = read(arguments.out, arguments.subcommand)
+        rows: list[Row] = []
         for part in (part for part in PARTS if part in arguments.parts):
             found = _train(arguments) if part == "train" else _speed(arguments)
             for _, group in groupby(_guarded(part, found), key=lambda row: (row["what"], row["tokens"])):
                 rows += group
-                write(arguments, rows, _summary(rows))
+                whole, summary = joined(earlier, about, rows, {})
+                write(arguments, whole, summary | _summary(whole))
     picture.draw(arguments.out, arguments.picture)
 
 

@@ -70,14 +70,23 @@ def _curves(axis: Any, rows: Sequence[Mapping[str, str]]) -> None:
     learning = [(int(r["step"]), float(r["loss"])) for r in rows if r["what"] == "learning"]
     if learning:
         axis.plot(*zip(*learning, strict=True), lw=1, color="0.7", label="training, a batch")
-    scores = [row for row in rows if row["part"] == "train" and row["auc"] and "truncated" not in row["what"]]
-    for index, row in enumerate(scores):
+    for index, row in enumerate(_best_of_each(rows)):
         style = {"matrix": "-", "no bias": ":"}.get(row["what"], "--")
         label = f"{row['what']} {row['rank']}".strip()
         axis.axhline(float(row["loss"]), ls=style, lw=1, color=f"C{index % 10}", label=label)
     axis.set(title="loss of the task (levels: held-out chains)", xlabel="step", ylabel="cross entropy")
     if axis.lines:
-        axis.legend(fontsize=6, loc="upper right")
+        axis.legend(fontsize=7, loc="upper right")
+
+
+def _best_of_each(rows: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
+    """Of each form of the bias that can be used the row of least loss, whatever its rank and tuning."""
+    best: dict[str, Mapping[str, str]] = {}
+    scores = [row for row in rows if row["part"] == "train" and row["auc"] and "truncated" not in row["what"]]
+    for row in scores:
+        form = row["what"].split(",")[0]
+        best[form] = min(best.get(form, row), row, key=lambda score: float(score["loss"]))
+    return list(best.values())
 
 
 def _bars(axis: Any, scope: str, found: Mapping[tuple[str, int, str], Mapping[str, float]]) -> None:
@@ -91,6 +100,6 @@ def _bars(axis: Any, scope: str, found: Mapping[tuple[str, int, str], Mapping[st
     for bar, name in zip(bars, names, strict=True):
         bar.set_color("C1" if "factors" in name else "0.8" if name.startswith("no bias") else "C0")
     axis.bar_label(bars, fmt="%.3g ms", padding=2, fontsize=8)
-    axis.margins(x=0.2)
+    axis.set_xlim(0, 1.25 * max(found[key].values()))
     axis.set(title=f"{'Pairformer block' if scope == 'block' else 'triangle attention'}, {key[1]:,} tokens")
     axis.set(xlabel="milliseconds, forward")

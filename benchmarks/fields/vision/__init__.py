@@ -10,6 +10,7 @@ Parts, in this order; each is written when it is done, and what fails is a row t
 | `layer` | one attention of it: rank and certificate |
 | `speed` | its inference at one batch size |
 | `full` | inference of a SwinV2-B |
+| `kernels` | its time on the GPU, by kernel |
 | `full-step` | a training step of it |
 | `attention` | one attention of it alone |
 
@@ -23,7 +24,10 @@ from pathlib import Path
 
 __all__ = ["add_arguments", "run"]
 
-PARTS = ("small", "full")
+PARTS = ("small", "small-speed", "full", "full-step", "attention")
+"""`small` is all of the small model, `small-speed` its part `speed` alone; `full` has `kernels` too."""
+
+FULL = {"full", "full-step", "attention"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
     from benchmarks.fields.vision.full import full
     from benchmarks.fields.vision.picture import draw
     from benchmarks.fields.vision.record import Record
-    from benchmarks.fields.vision.small import small
+    from benchmarks.fields.vision.small import small, small_speed
 
     if arguments.fetch:
         fetch()
@@ -50,6 +54,8 @@ def run(arguments: argparse.Namespace) -> None:
         record = Record(arguments)
         if "small" in arguments.parts:
             small(record)
-        if "full" in arguments.parts:
+        elif "small-speed" in arguments.parts:
+            small_speed(record)
+        if FULL & set(arguments.parts):
             full(record)
     draw(arguments.out, arguments.picture)

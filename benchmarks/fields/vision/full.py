@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from benchmarks.fields.vision import attend as ways
 from benchmarks.fields.vision.attend import Added, Attend
+from benchmarks.fields.vision.kernels import add_kernels
 from benchmarks.fields.vision.record import Record
 from benchmarks.fields.vision.small import fill_forms
 from torch import Tensor, nn
@@ -35,6 +36,9 @@ Make = Callable[[Added, torch.dtype], Attend]
 
 FRESH_TOL, SHARP_TOL = 0.01, 0.2
 """Tolerances at which (nearly) all layers take factors; at 0.1 the sharp ones stay tables, but for the last stage."""
+
+TAKEN_APART = ("FlexAttention", "exact table", "factors", "no attention")
+"""Providers whose kernels are listed one by one."""
 
 RANKS = (16, 32, 64)
 """Of random factors, whose time is that of any factors of their rank."""
@@ -57,7 +61,7 @@ TINY = Size(32, 32, (2, 2), (1, 2), 4, 2, 2)
 
 
 def full(record: Record) -> None:
-    """Inference, attention alone, a training step."""
+    """Inference, attention alone, a training step: the parts that are asked for."""
     size = TINY if record.arguments.small else Size()
     torch.manual_seed(record.arguments.seed)
     with record.device:
@@ -68,22 +72,23 @@ def full(record: Record) -> None:
     sharp = _sharpened(copy.deepcopy(fresh))
     images = torch.randn(size.batch, 3, size.pixels, size.pixels, device=record.device)
     record.say(f"SwinV2 of {sum(p.numel() for p in fresh.parameters()):,} parameters")
-    bench = _Inference(record, sharp, images)
-    bench.peers()
-    bench.patched("exact table", {})
-    bench.patched("factors", {"tol": SHARP_TOL, "tables": "factors"})
-    record.write()
-    compiled = ways.flex()
-    if record.device.type == "cuda":
-        bench.peer("FlexAttention", compiled)
+    parts, bench, compiled = record.arguments.parts, _Inference(record, sharp, images), ways.flex()
+    if "full" in parts:
+        bench.peers()
+        bench.patched("exact table", {})
+        bench.patched("factors", {"tol": SHARP_TOL, "tables": "factors"})
         record.write()
-    _training(record, bench.half, images[: size.train_batch].to(record.dtype))
-    record.write()
-    _Inference(record, fresh, images, "fresh").patched("factors", {"tol": FRESH_TOL, "tables": "factors"})
-    _summarize(record)
-    record.write()
-    _attention_alone(record, bench.half, size, compiled)
-    record.write()
+        if record.device.type == "cuda":
+            bench.peer("FlexAttention", compiled)
+        _Inference(record, fresh, images, "fresh").patched("factors", {"tol": FRESH_TOL, "tables": "factors"})
+        _summarize(record)
+        record.write()
+    if "attention" in parts:
+        _attention_alone(record, bench.half, size, compiled)
+        record.write()
+    if "full-step" in parts:
+        _training(record, bench.half, images[: size.train_batch].to(record.dtype))
+        record.write()
 
 
 def _summarize(record: Record) -> None:
@@ -218,6 +223,7 @@ class _Inference:
                 ranks = [entry.rank for entry in report.replaced]
                 row["note"] = f"seconds: of patch; ranks of the layers: {' '.join(map(str, ranks))}"
                 self._fill(row, comparable=not options)
+                self._taken_apart(provider)
             finally:
                 unpatch(self.half)
 
@@ -226,6 +232,13 @@ class _Inference:
             if ready is not None:
                 ready()
             self._fill(row, comparable)
+        self._taken_apart(provider)
+
+    def _taken_apart(self, provider: str) -> None:
+        """Kernel by kernel, for those between which the page has to explain a difference."""
+        if provider in TAKEN_APART and self.weights == "sharp":
+            with torch.no_grad():
+                add_kernels(self.record, provider, self.weights, lambda: self.half(self.images))
 
     def _fill(self, row: dict[str, object], comparable: bool) -> None:
         with torch.no_grad():

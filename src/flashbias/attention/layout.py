@@ -11,11 +11,12 @@ So three integers address any such factor without an expanded copy, and walk ove
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["Sharing", "cdiv", "flatten_heads", "next_power_of_2", "share", "storable"]
+__all__ = ["Sharing", "cdiv", "common", "flatten_heads", "next_power_of_2", "share", "storable"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,34 @@ def share(full: tuple[int, ...], own: tuple[int, ...]) -> Sharing | None:
         return None
     sizes = [size for _, size in levels] + [1] * (4 - len(levels))
     return Sharing(*sizes)
+
+
+def common(parts: Iterable[Sharing], pairs: int, num_heads: int) -> Sharing | None:
+    """Which (batch, head) pairs share several tensors at once, apart for each head.
+
+    Members of the result are equally far from each other in memory: s2 is 1, and v2 a multiple of the heads.
+
+    Args:
+        parts: how each tensor is shared.
+        pairs: how many (batch, head) pairs there are.
+        num_heads: H.
+
+    Returns:
+        The levels; None if the tensors are shared in different ways.
+
+    Example:
+        >>> common([share((8, 64, 4), (1, 64, 1)), share((8, 64, 4), (1, 1, 1))], 2048, 4)
+        Sharing(v1=1, s1=8, v2=256, s2=1)
+    """
+    varying = {part for part in parts if part.groups > 1}
+    if len(varying) > 1:
+        return None
+    sharing = next(iter(varying), Sharing(1, pairs, 1, 1))
+    if sharing.members == 1:
+        return sharing
+    if sharing.v2 * sharing.s2 == 1:
+        return Sharing(sharing.v1, sharing.s1 // num_heads, num_heads, 1)
+    return Sharing(sharing.v1, sharing.s1, sharing.v2 * sharing.s2, 1)
 
 
 def storable(x: Tensor, full: tuple[int, ...], trailing: int = 2) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 
 from flashbias.attention import packing
 from flashbias.attention.call import Call
-from flashbias.attention.coefficients import FORMS, Coefficients, Device, NoCoefficientsError
+from flashbias.attention.coefficients import FORMS, Coefficients, Device, NoCoefficientsError, smallest
 from flashbias.attention.workload import TableSize, Training, Workload
 
 __all__ = ["HeadCosts", "Plan", "Prediction", "plan", "plan_call", "predict_ms"]
@@ -301,7 +301,7 @@ class HeadCosts:
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
             raise ValueError(f"rank must be an integer >= 0, got {rank!r}")
         able = (model for model in self._ours if model.can_take(self.workload, (rank,), table))
-        return min(model.head_ms(self.workload, rank, table) for model in able)
+        return smallest(able, lambda model: model.head_ms(self.workload, rank, table))[1]
 
 
 # -------------------------------------------------------------------- for `explain`

@@ -6,6 +6,7 @@ One folder for each library that models come from, one file in it for each famil
 from __future__ import annotations
 
 from flashbias.integrations.base import Family
+from flashbias.integrations.convert import unpatched_state_dict
 from flashbias.integrations.patching import patch, supports, unpatch
 from flashbias.integrations.report import AttentionEntry, PatchReport, UnpatchReport, WrittenTable
 
@@ -18,4 +19,5 @@ __all__ = [
     "patch",
     "supports",
     "unpatch",
+    "unpatched_state_dict",
 ]

@@ -17,7 +17,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +78,7 @@ class LearnedTable:
         if owner._modules.get(leaf + SUFFIX) is None:
             table = getattr(owner, leaf)
             changes.add(owner, leaf + SUFFIX, self._fresh(table.device, wide_dtype(table)).train(owner.training))
+            changes.hook(owner.register_load_state_dict_pre_hook(partial(_refuse_a_table_alone, leaf)))
         for source in self.sources:
             changes.freeze(*source.place())
 
@@ -113,8 +115,10 @@ class LearnedTable:
         Returns:
             What the table cannot express; None, and a table left to the bit, if nothing has changed since `patch`.
         """
-        if self._is_untouched(factors):
-            return None
+        return None if self._is_untouched(factors) else self.fit(name, factors)
+
+    def fit(self, name: str, factors: LowRankBias) -> WrittenTable:
+        """As `write`, for factors of which nothing is known: the table moves to them in any case."""
         owner, leaf = self.sources[0].place()
         table = getattr(owner, leaf)
         with torch.inference_mode(False), torch.no_grad():
@@ -141,6 +145,19 @@ class LearnedTable:
                 return False
             pairs.append((tensor, source.values.to(tensor)))
         return all(torch.equal(now, before) for now, before in pairs)
+
+
+def _refuse_a_table_alone(leaf: str, owner: nn.Module, state: dict[str, Any], prefix: str, *others: Any) -> None:
+    """Before a state_dict is loaded: a table would be loaded, and the factors that stand for it would stay.
+
+    Without this, `strict=False` would ignore the table in silence. `others` ends with the messages of the errors.
+    """
+    table = prefix + leaf
+    if table in state and f"{table}{SUFFIX}.phi_q" not in state:
+        others[-1].append(
+            f"{table!r} is trained as factors in this model, and the state_dict has the table alone, as an unpatched "
+            "model saves it: unpatch(model), load, and patch it again."
+        )
 
 
 def learned_tables(model: nn.Module) -> dict[str, LearnedTable]:

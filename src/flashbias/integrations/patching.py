@@ -13,7 +13,7 @@ from flashbias.integrations.base import SETTINGS, Changes, Family, Options, Plan
 from flashbias.integrations.learned import learned_tables
 from flashbias.integrations.report import PatchReport, UnpatchReport
 
-__all__ = ["patch", "supports", "unpatch"]
+__all__ = ["check_not_patched", "patch", "supports", "unpatch"]
 
 RECORD = "_flashbias_patch"
 """The attribute of a patched model that says how to take it back."""
@@ -98,7 +98,7 @@ def patch(
         Wu et al., https://arxiv.org/abs/2505.12044.
     """
     options = _checked(model, tol, impl, train_bias, tables)
-    _check_not_patched(model)
+    check_not_patched(model)
     planned = _planned(model, options)
     report = _report(model, planned)
     if not report.entries:
@@ -187,7 +187,7 @@ def supports(
         NotImplementedError: `impl` cannot run on this machine.
     """
     options = _checked(model, tol, impl, train_bias, tables)
-    _check_not_patched(model)
+    check_not_patched(model)
     return _report(model, _planned(model, options))
 
 
@@ -231,7 +231,9 @@ def _check_module(model: nn.Module) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
-def _check_not_patched(model: nn.Module) -> None:
+def check_not_patched(model: nn.Module) -> None:
+    """Refuse what is no module, and a model that is patched in whole or in part."""
+    _check_module(model)
     part = _patched_part(model)
     if part is not None:
         where = f", in its part {part!r}" if part else ""

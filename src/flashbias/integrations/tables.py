@@ -29,7 +29,7 @@ from flashbias.integrations.factors import Source, TableFactors
 from flashbias.integrations.learned import LearnedTable, why_not_learned
 from flashbias.integrations.report import AttentionEntry
 
-__all__ = ["StaticTable", "TableFamily"]
+__all__ = ["StaticTable", "TableFamily", "evaluating"]
 
 
 CONSTANT = "a head is constant within tol: factors of rank 0 learn nothing, so the table stays, and trains"
@@ -71,7 +71,7 @@ class TableFamily(ExactFamily, register=False):
         if options.tables == "exact":
             return exact
         read = partial(self.static_table, model, attention)
-        with torch.inference_mode(False), torch.no_grad(), _evaluating(model):
+        with torch.inference_mode(False), torch.no_grad(), evaluating(model):
             static = read()
             _check_values(name, static)
             reason = why_not_learned(static.sources, read) if options.train_bias else None
@@ -131,7 +131,7 @@ def _compressed(table: FactoredBias, options: Options) -> FactoredBias:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluate: networks that make a table may have dropout. Only the flags are set, and put back."""
     before = [(module, module.training) for module in model.modules()]
     try:

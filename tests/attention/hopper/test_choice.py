@@ -238,6 +238,22 @@ class TestChoice:
         assert hopper.is_slower(call(**changes)) == expected
 
     @pytest.mark.parametrize(
+        ("n", "own", "expected"),
+        [
+            (49, (1, 3, 2), False),
+            (49, (1, 1, 1), False),
+            (49, (4, 3, 2), True),
+            (65, (1, 3, 2), True),
+        ],
+        ids=["shared by images", "shared by all", "one each", "longer than a tile"],
+    )
+    def test_windows_that_share_their_bias(self, n: int, own: tuple[int, ...], expected: bool) -> None:
+        query = torch.empty(4, 3, 2, n, 32, dtype=torch.bfloat16, device="meta")
+        bias = fb.FactoredBias(*(torch.empty(*own, n, 16, dtype=torch.bfloat16, device="meta") for _ in range(2)))
+        windows = replace(call(n=n, m=n), query=query, key=query, value=query, bias=bias)
+        assert hopper.is_slower(windows) == expected
+
+    @pytest.mark.parametrize(
         ("ranks", "expected"), [((16, 16), False), ((16, 1), False), ((16, 0), False), ((8, 7), True)]
     )
     def test_heads_of_small_rank_beside_a_large_one(self, ranks: tuple[int, int], expected: bool) -> None:

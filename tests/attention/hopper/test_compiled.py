@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import re
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from flashbias.attention.hopper import backward, forward
+from flashbias.attention.hopper import backward, forward, is_slower, short, short_backward
 from flashbias.attention.hopper.configs import (
     ROWS,
     SHARED_MEMORY,
@@ -139,13 +140,13 @@ FORWARD_ONLY = [
 """Calls whose gradients come from the portable kernels."""
 
 SPILLS = {
-    "16": {"12.9": (0, 20), "13.1": (0, 36)},
-    "16-plain-window": {"12.9": (0, 0), "13.1": (28, 0)},
-    "32-tail": {"12.9": (0, 188), "13.1": (0, 384)},
-    "64-causal": {"12.9": (116, 28), "13.1": (572, 152)},
-    "128": {"12.9": (0, 460), "13.1": (0, 892)},
+    "16": {"12.9": (0, 204), "13.1": (0, 204)},
+    "16-plain-window": {"12.9": (0, 84), "13.1": (0, 84)},
+    "32-tail": {"12.9": (0, 8), "13.1": (0, 8)},
+    "64-causal": {"12.9": (116, 68), "13.1": (572, 44)},
+    "128": {"12.9": (0, 400), "13.1": (0, 392)},
     "64-mask-of-keys": {"12.9": (28, 0), "13.1": (428, 0)},
-    "64-v-128-causal-frozen": {"12.9": (0, 112), "13.1": (0, 456)},
+    "64-v-128-causal-frozen": {"12.9": (0, 76), "13.1": (0, 80)},
     "16-centres": {"12.9": (28, 0), "13.1": (188, 0)},
     "32-centres": {"12.9": (56, 0), "13.1": (292, 0)},
     "64-centres-causal": {"12.9": (268, 0), "13.1": (864, 0)},
@@ -276,7 +277,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compiler:
     monkeypatch.setenv("TRITON_DUMP_PTXAS_LOG", "1")
     # The tile shapes stand whether or not the portable kernels are faster at one of them.
     monkeypatch.setattr(backward, "is_slower", lambda *_: False, raising=False)
-    for module in (forward, backward):
+    for module in (forward, backward, short, short_backward):
         monkeypatch.setattr(module, "multiprocessors", lambda device: PROCESSORS)
     return found
 
@@ -298,12 +299,17 @@ def forward_products(ops: HopperOperands, config: Config) -> int:
 
 
 def backward_products(ops: HopperOperands, config: BackwardConfig, needs_phi: bool) -> int:
-    """Instructions of the matrix unit: one walk in full tiles, and one for each edge of a band."""
+    """Instructions of the matrix unit: one walk in full tiles, and one for each edge of a band.
+
+    dq and dphi_q are made over the keys of all: of narrow heads by a warpgroup that has one walk, of wide ones by each
+    warpgroup for its columns, and dphi_q by the first.
+    """
     walks = 1 + (ops.window_left >= 0) + (ops.window_right >= 0)
     scores = (ops.block_d + ops.columns + ops.block_dv) // STEP
     over_queries = (3 if needs_phi else 2) * config.block_m // STEP  # dv, dk, dphi_k
-    over_keys = ((config.consumers if config.is_shared else 1) + needs_phi) * ROWS // STEP  # dq, dphi_q
-    return config.consumers * walks * (scores + over_queries + over_keys)
+    of_all_keys = config.consumers * ROWS // STEP
+    over_keys = of_all_keys * ((config.consumers if config.is_wide else 1) + needs_phi)  # dq, dphi_q
+    return config.consumers * walks * (scores + over_queries) + (walks if config.is_wide else 1) * over_keys
 
 
 @pytest.mark.parametrize("shape", SHAPES + FORWARD_ONLY, ids=str)
@@ -332,3 +338,43 @@ def test_both_passes_compile(shape: Shape, compiler: Compiler) -> None:
     shared = backward_bytes(config, ops.block_d, ops.block_dv, ops.columns, block_g)
     compiled.check(config.maxnreg, shared, spills[1])
     assert compiled.products == backward_products(ops, config, needs_phi)
+
+
+# -------------------------------------------------------------------- short windows
+
+WINDOWS = [
+    Shape("49", head_dim=32, n=49),
+    Shape("64-float16", head_dim=64, n=64, dtype=torch.float16),
+    Shape("49-table-codes-causal", head_dim=32, rank=4, n=49, table=169, codes=True, window=(None, 0)),
+    Shape("17-plain-mask", head_dim=16, rank=0, n=17, mask=(1, 1, 1, 17)),
+]
+
+
+@pytest.mark.parametrize("factor_dtype", [None, torch.float32], ids=["same", "float32"])
+@pytest.mark.parametrize("shape", WINDOWS, ids=str)
+def test_short_windows_compile(shape: Shape, factor_dtype: torch.dtype | None, compiler: Compiler) -> None:
+    call = shape.call()
+    many = [torch.empty(64, *x.shape[1:], dtype=x.dtype, device="meta") for x in (call.query, call.key, call.value)]
+    bias = call.bias
+    if bias is not None and factor_dtype is not None:
+        bias = fb.FactoredBias(
+            bias.phi_q.to(factor_dtype), bias.phi_k.to(factor_dtype), bias.table, bias.code_q, bias.code_k
+        )
+    call = dataclasses.replace(call, query=many[0], key=many[1], value=many[2], bias=bias)
+    assert not is_slower(call)
+    arguments = registration.operands(call)
+    out, lse, _ = registration.attention_forward(*arguments, "hopper")
+    forward.launch(out, lse, *arguments)
+    compiled = compiler.only()
+    assert compiled.kernel.name == "_fwd_short_kernel"
+    compiled.check(128, SHARED_MEMORY, 0)
+
+    needs = (True, True, True, bool(shape.rank), bool(shape.rank), False)
+    grads = registration.attention_backward(torch.empty_like(out), None, out, lse, needs, *arguments, "hopper")
+    backward.launch(grads, torch.empty_like(out), None, out, lse, needs, *arguments)
+    if shape.rank and shape.dtype == torch.float16 and factor_dtype is None:
+        assert not compiler.kernels  # the portable kernels do
+        return
+    compiled = compiler.only()
+    assert compiled.kernel.name == "_bwd_short_kernel"
+    compiled.check(255, SHARED_MEMORY, 0 if shape.head_dim <= 32 else 128)

@@ -103,6 +103,57 @@ class TestSharedWideFactors:
         assert max(errors) < 1e-2, errors
 
 
+# -------------------------------------------------------------------- short windows that share their bias
+
+SWIN = {"batch": (5, 3), "heads": 2, "n": 49, "head_dim": 32, "phi_q": (1, 3, 2), "phi_k": (1, 3, 2), "rank": 16}
+
+WINDOWS = [
+    Case("windows", **SWIN),
+    Case("windows-same", **SWIN, same_dtype=True),
+    Case("64", **SWIN | {"n": 64}, same_dtype=True),
+    Case("17x60", **SWIN | {"n": 17, "m": 60, "rank": 5}),
+    Case("over-heads", **SWIN | {"phi_q": (1, 3, 1), "phi_k": (1, 3, 1)}),
+    Case("by-everyone", **SWIN | {"phi_q": (1, 1, 1), "phi_k": (1, 1, 1)}, same_dtype=True),
+    Case("one-side-by-everyone", **SWIN | {"phi_q": (1, 1, 1)}),
+    Case("wide", **SWIN | {"head_dim": 64, "rank": 40}),
+    Case("odd-widths", **SWIN | {"head_dim": 24, "head_dim_v": 40}, same_dtype=True),
+    Case("without-bias", batch=(5,), heads=2, n=49, head_dim=32, rank=0),
+    Case("grouped", batch=(5,), heads=4, kv_heads=2, n=49, head_dim=32, phi_q=(1, 4), phi_k=(1, 4)),
+    Case("causal", **SWIN | {"m": 57}, options=BOTTOM_RIGHT),
+    Case("band", **SWIN, options={"window": (9, 4)}),
+    Case("table", batch=(40,), heads=2, n=49, head_dim=32, rank=0, table=169, codes="window"),
+    Case("table-and-factors", batch=(40,), heads=2, n=49, head_dim=32, phi_q=(1, 1), phi_k=(1, 2), table=9),
+    Case("large-bias", **SWIN, bias_size=100.0),
+    Case("many", **SWIN | {"batch": (300, 3)}, same_dtype=True),
+]
+
+
+class TestWindows:
+    """One program takes many windows."""
+
+    @pytest.mark.parametrize("dtype", HALVES)
+    @pytest.mark.parametrize("case", WINDOWS, ids=str)
+    def test_against_the_oracle(self, case: Case, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        from flashbias.attention.hopper import short
+
+        launched = []
+        launch = short.launch
+        monkeypatch.setattr(short, "launch", lambda *a, **k: (launched.append(1), launch(*a, **k)))
+        check(case.build(HALVES[dtype], DEVICE))
+        assert launched
+
+    def test_what_lies_behind_a_window_does_not_matter(self) -> None:
+        """Rows past a window's end belong to the next one, which may hold NaN."""
+        q, k, v = (torch.randn(64, 2, 49, 32, device=DEVICE).bfloat16() for _ in range(3))
+        bias = fb.FactoredBias(*(torch.randn(2, 49, 16, device=DEVICE).bfloat16() for _ in range(2)))
+        clean = fb.attention(q, k, v, bias, impl="hopper")
+        for x in (q, k, v):
+            x[1::2] = torch.nan
+        out = fb.attention(q, k, v, bias, impl="hopper")
+        assert torch.equal(out[::2], clean[::2])
+        assert out[1::2].isnan().all()
+
+
 # -------------------------------------------------------------------- the common suite
 
 PLAIN = Case("plain", n=40, m=70, heads=2)

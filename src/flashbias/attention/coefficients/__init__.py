@@ -29,7 +29,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -42,7 +42,7 @@ from flashbias.attention.call import HALF
 from flashbias.attention.layout import next_power_of_2
 from flashbias.attention.workload import TableSize, Training, Workload, round_up
 
-__all__ = ["FEATURES", "FORMS", "Coefficients", "Device", "Model", "NoCoefficientsError"]
+__all__ = ["FEATURES", "FORMS", "Coefficients", "Device", "Model", "NoCoefficientsError", "smallest"]
 
 FEATURES = (
     "launch", "programs", "matrix", "pairs", "columns", "table", "table_over_32", "table_over_64", "lookups", "bytes",
@@ -211,6 +211,26 @@ def _packed_columns(w: Workload, rank: int) -> int:
     return round_up(columns, min(widest, max(16, 1 << (columns - 1).bit_length())))
 
 
+def smallest(models: Iterable[Model], ms: Callable[[Model], float]) -> tuple[Model | None, float]:
+    """The model with the smallest time, and that time; (None, inf) without any.
+
+    What was never measured with some feature has no time, and is left out while another has one.
+
+    Raises:
+        NoCoefficientsError: none has a time.
+    """
+    timed: list[tuple[Model, float]] = []
+    unknown: NoCoefficientsError | None = None
+    for model in models:
+        try:
+            timed.append((model, ms(model)))
+        except NoCoefficientsError as error:
+            unknown = error
+    if not timed and unknown is not None:
+        raise unknown
+    return min(timed, key=lambda pair: pair[1], default=(None, math.inf))
+
+
 # -------------------------------------------------------------------- coefficients of a device
 
 
@@ -269,9 +289,8 @@ class Coefficients:
         self, form: str, workload: Workload, ranks: Sequence[int], table: TableSize | None
     ) -> tuple[Model | None, float]:
         """The provider of a form with the smallest predicted time, and that time; (None, inf) if out of reach."""
-        able = (model for model in self.candidates(form, workload) if model.can_take(workload, ranks, table))
-        timed = [(model, model.ms(workload, ranks, table)) for model in able]
-        return min(timed, key=lambda pair: pair[1], default=(None, math.inf))
+        able = [model for model in self.candidates(form, workload) if model.can_take(workload, ranks, table)]
+        return smallest(able, lambda model: model.ms(workload, ranks, table))
 
     @classmethod
     def load(cls, path: Path | str) -> Coefficients:

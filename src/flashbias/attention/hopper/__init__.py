@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 import torch
@@ -33,6 +34,12 @@ UNEVEN = 2
 
 SHORT = 128
 """Queries that do not fill one tile."""
+
+WINDOW = 64
+"""Tokens of a window that one tile holds."""
+
+WIDEST_OF_WINDOW = 64
+"""Widest head of such a window."""
 
 FEWEST_QUERIES = 17
 """Fewer queries than this leave most of a tile empty."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashbias.attention.hopper import slabs
+from flashbias.attention.hopper import short_backward, slabs
 from flashbias.attention.hopper.configs import NARROWEST, ROWS, BackwardConfig, backward_config, columns_of
 from flashbias.attention.hopper.fused import _bwd_kernel
 from flashbias.attention.hopper.operands import (
@@ -25,6 +25,7 @@ from flashbias.attention.hopper.operands import (
     matrix,
 )
 from flashbias.attention.hopper.schedule import Band, Schedule, banded
+from flashbias.attention.hopper.wide import _bwd_wide_kernel
 from flashbias.attention.layout import cdiv
 from flashbias.attention.triton import backward as portable
 from flashbias.attention.triton import shared, window
@@ -55,9 +56,13 @@ def launch(
 ) -> None:
     """Fill the gradients that are needed; arguments as in the portable `launch`."""
     ops = HopperOperands.of(*arguments)
+    portable_ops = ops.portable()
+    if short_backward.fits(portable_ops, needs_grad):
+        short_backward.launch(portable_ops, grads, addressable(flattened(dout)), dlse, lse, needs_grad)
+        return
     config = chosen(ops, needs_grad)
     if config is None:
-        portable.launch_as(ops.portable(), grads, dout, dlse, out, lse, needs_grad)
+        portable.launch_as(portable_ops, grads, dout, dlse, out, lse, needs_grad)
     else:
         launch_as(config, ops, grads, dout, dlse, out, lse, needs_grad)
 
@@ -128,11 +133,18 @@ def launch_as(
     k, v = descriptor(ops.k, ROWS, ops.block_d), descriptor(ops.v, ROWS, ops.block_dv)
     pq = q if factors is None else descriptor(factors.phi_q, block_m, ops.columns)
     pk = k if factors is None else descriptor(factors.phi_k, ROWS, ops.columns)
-    dq_box = slabs.box_of(dq, block_m, dq_columns)
-    dpq_box = dq_box if dpq is None else slabs.box_of(dpq, block_m, block_g)
+    dq_box = slabs.box_of(dq)
+    dpq_box = dq_box if dpq is None else slabs.box_of(dpq)
     dpk_box = dq_box if dpk is None else descriptor(dpk, ROWS, block_g)
     schedule, blocks, pairs = schedule_of(config, ops)
-    _bwd_kernel[(schedule.programs,)](
+    kernel, own = _bwd_wide_kernel, {}
+    if not config.is_wide:
+        own = {
+            "HOLDS_PHI": config.holds_phi, "HAS_IDLE": cdiv(ops.seqlen_k, ROWS) % config.consumers > 0,
+            "KV_STAGES": config.kv_stages, "SUM_REGISTERS": config.sum_registers,
+        }  # fmt: skip
+        kernel = _bwd_kernel
+    kernel[(schedule.programs,)](
         q, k, v, do, pq, pk, lse2, delta, dq_box, descriptor(dk, ROWS, ops.block_d),
         descriptor(dv, ROWS, ops.block_dv), dpq_box, dpk_box,
         schedule.units, pairs, schedule.heads, blocks, ops.num_heads, ops.group, dq.shape[1], lse2.shape[-1],
@@ -140,7 +152,7 @@ def launch_as(
         *ops.sharing_k.sizes,
         HAS_LEFT=ops.window_left >= 0,
         HAS_RIGHT=ops.window_right >= 0,
-        HAS_TAIL=ops.seqlen_k % (ROWS * config.consumers) != 0,
+        HAS_TAIL=ops.seqlen_k % (ROWS * config.consumers if config.is_wide else ROWS) != 0,
         HAS_PHI=factors is not None,
         SUM_DPQ=dpq is not None,
         SUM_DPK=dpk is not None,
@@ -150,21 +162,20 @@ def launch_as(
         BLOCK_DV=ops.block_dv,
         BLOCK_R=ops.columns,
         BLOCK_G=block_g,
-        HOLDS_KEYS=config.holds_keys,
-        TURNED=config.is_turned,
         DQ_COLUMNS=dq_columns,
         CONSUMERS=config.consumers,
         ALTERNATES=schedule.alternates,
         REGISTERS=config.registers,
         q_layout=matrix(q), k_layout=matrix(k), v_layout=matrix(v), do_layout=matrix(do), pq_layout=matrix(pq),
         pk_layout=matrix(pk), ds_layout=layout_of((ROWS, block_m), ops.q.dtype),
-        dq_layout=slabs.order_of(block_m, dq_columns),
-        dpq_layout=slabs.order_of(block_m, block_g), dpk_layout=matrix(dpk_box),
+        dq_layout=slabs.order_of(dq_columns),
+        dpq_layout=slabs.order_of(block_g), dpk_layout=matrix(dpk_box),
         num_warps=4,
         maxnreg=config.maxnreg,
+        **own,
     )  # fmt: skip
     if needs_grad[0]:
-        slabs.unfold(dq, ops.flat(grads[0]), ops.scale, config.is_turned)
+        slabs.unfold(dq, ops.flat(grads[0]), ops.scale)
     for grad, made in ((grads[1], dk), (grads[2], dv)):
         if grad.numel() and ops.flat(grad).data_ptr() != made.data_ptr():
             ops.flat(grad).copy_(made)

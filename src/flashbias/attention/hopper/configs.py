@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
 
 import torch
 
@@ -39,6 +38,9 @@ MAXNREG = {(2, 1): 168, (3, 1): 128, (2, 2): 80}
 
 CROWDED = 64
 """Packed columns beside narrow heads at which two small programs side by side were faster than a large one."""
+
+HELD = 64
+"""Packed columns of the keys' factors up to which they are held in registers, beside heads of 17 to 32."""
 
 BARRIERS = 1024
 """Bytes set aside for barriers and alignment."""
@@ -161,34 +163,47 @@ def ready_columns(rank: int, dtype_q: torch.dtype, dtype_k: torch.dtype, scale: 
 
 
 @dataclass(frozen=True)
-class BackwardConfig(Warpgroups):
-    """Warpgroups that compute, each with 64 keys; queries of a step; steps in flight; what they share and hold.
+class BackwardConfig:
+    """Warpgroups that compute, each with 64 keys; queries of a step; steps and tiles of keys in flight.
 
-    Where heads are wide the warpgroups exchange dS and each makes its columns of dq, so that half as much is added to
-    memory. Narrow heads do without: warpgroups that never wait for each other hide each other's latency. What a
-    warpgroup holds in registers the matrix unit does not read from shared memory, whose bandwidth is what is short.
+    Heads up to 64 have one warpgroup more, which makes dq: the others wait neither for it nor for each other, and what
+    they hold of keys, values and factors in registers the matrix unit does not read from shared memory. Wide heads have
+    no registers for that: there the two exchange dS, and each makes half of the columns of dq.
 
     Args:
-        consumers: warpgroups that compute.
+        consumers: warpgroups that compute, beside the one that makes dq.
         block_m: queries of a step.
         stages: steps whose queries are in flight.
-        is_shared: whether dS is exchanged.
-        holds_keys: whether keys and values are operands from registers, of the scores and of dP.
-        is_turned: whether dq is made as a matrix of columns by queries, keys an operand from registers there too.
+        kv_stages: tiles whose keys are.
+        is_wide: whether heads are too wide for a warpgroup that makes dq.
+        holds_phi: whether factors of the keys are held in registers too.
     """
 
     consumers: int
     block_m: int
     stages: int
-    is_shared: bool = False
-    holds_keys: bool = False
-    is_turned: bool = False
+    kv_stages: int
+    is_wide: bool
+    holds_phi: bool = False
 
-    programs: ClassVar[int] = 1
+    @property
+    def registers(self) -> int:
+        """Registers of a thread that computes; the loading warp has 24."""
+        return 240 if self.is_wide else {2: 208, 3: 128}[self.consumers]
+
+    @property
+    def sum_registers(self) -> int:
+        """Registers of a thread that makes dq."""
+        return 72
+
+    @property
+    def maxnreg(self) -> int:
+        """Registers of a thread at the start, where all warpgroups, that of the loading warp too, have as many."""
+        return 168 if self.is_wide else {2: 128, 3: 96}[self.consumers]
 
     def dq_columns(self, block_d: int) -> int:
-        """Columns of dq that one warpgroup makes."""
-        return block_d // self.consumers if self.is_shared else block_d
+        """Columns of dq that a warpgroup makes at a time."""
+        return block_d // self.consumers if self.is_wide else block_d
 
 
 def backward_config(block_d: int, block_dv: int, block_r: int, block_g: int) -> BackwardConfig | None:
@@ -201,20 +216,35 @@ def backward_config(block_d: int, block_dv: int, block_r: int, block_g: int) -> 
         block_g: columns of the factors' gradients, 0 where none is needed.
     """
     width = max(block_d, block_dv)
-    for stages in (2, 1):
-        is_turned = width == ROWS and block_d == ROWS
-        config = BackwardConfig(3 if width <= 32 else 2, 64, stages, width > 64, width <= 64, is_turned)
-        if backward_bytes(config, block_d, block_dv, block_r, block_g) <= SHARED_MEMORY:
-            return config
-    return None
+    is_wide = width > ROWS
+    config = BackwardConfig(
+        consumers=3 if width <= NARROWEST else 2,
+        block_m=ROWS,
+        stages=3 if NARROWEST < width <= 32 else 2,
+        kv_stages=1 if is_wide else 2,
+        is_wide=is_wide,
+        holds_phi=NARROWEST < width <= 32 and 0 < block_r <= HELD,
+    )
+    while backward_bytes(config, block_d, block_dv, block_r, block_g) > SHARED_MEMORY:
+        if config.stages > 2:
+            config = replace(config, stages=2)
+        elif config.kv_stages > 1:
+            config = replace(config, kv_stages=1)
+        elif config.consumers > 2:
+            config = replace(config, consumers=2)
+        elif config.stages > 1:
+            config = replace(config, stages=1)
+        else:
+            return None
+    return config
 
 
 def backward_bytes(config: BackwardConfig, block_d: int, block_dv: int, block_r: int, block_g: int) -> int:
     """Shared memory of a program."""
-    block_n = ROWS * config.consumers
+    block_n, block_m = ROWS * config.consumers, config.block_m
     width = block_d + block_dv + block_r
-    scores = block_n * config.block_m * (2 if config.is_shared else 1)
-    halves = block_n * width + config.stages * config.block_m * width + scores
-    sums = config.consumers * config.block_m * (config.dq_columns(block_d) + block_g)
-    singles = sums + block_n * block_g + 2 * config.stages * config.block_m
+    halves = block_n * width * config.kv_stages + config.stages * block_m * width + 2 * block_n * block_m
+    if not config.is_wide:
+        halves += block_n * (block_d + block_dv)
+    singles = block_m * (2 * config.dq_columns(block_d) + block_g) + block_n * block_g + 2 * config.stages * block_m
     return 2 * halves + 4 * singles + BARRIERS

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from flashbias.attention.hopper import short
 from flashbias.attention.hopper.configs import Config, forward_config, holds_output, tail_of
 from flashbias.attention.hopper.gluon import (
     fence_async_shared,
@@ -488,6 +489,10 @@ def _fwd_kernel(
 def launch(out: torch.Tensor, lse: torch.Tensor, *arguments: Any) -> None:
     """Fill `out` and `lse`; the arguments are those that the operators share (`attention/registration.py`)."""
     ops = HopperOperands.of(*arguments)
+    portable = ops.portable()
+    if short.fits(portable):
+        short.launch(portable, ops.flat(out), lse)
+        return
     launch_as(_config(ops.block_d, ops.block_dv, ops.columns, ops.table is not None), ops, out, lse)
 
 

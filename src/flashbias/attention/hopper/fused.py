@@ -6,9 +6,10 @@ queries:
     S^T = k q^T + phi_k phi_q^T     P^T = exp2(S^T scale log2(e) - lse)     dP^T = v dO^T     dS^T = P^T (dP^T - delta)
     dv += P^T dO     dk += dS^T q     dphi_k += dS^T phi_q                  dq += dS k     dphi_q += dS phi_k
 
-P^T and dS^T are operands from registers; dS goes through shared memory, for dq. Where warpgroups EXCHANGE it, each makes
-a part of dq over the keys of both, half of the queries or half of the columns; otherwise each makes the dq of its own
-keys and waits for nobody.
+P^T and dS^T are operands from registers, and so are k and v, which stay the same for a whole walk. dS goes through
+shared memory to one warpgroup more, which makes the last line, over the keys of all others. So these wait for nobody,
+and a step's dq is added to memory once for all keys of a program. While they work on one tile of keys the next one is
+loaded. Wide heads have no registers for this: see `wide.py`.
 
 Sums over keys (dq, dphi_q) are added to slabs of 64 queries, which hold their numbers in the order in which the
 warpgroup's threads do (`slabs.py`): stored to shared memory without conflicts of banks, added as one block of memory.
@@ -55,14 +56,13 @@ def turned_tile(first, n, count, turned):
 
 
 @jit
-def _produce(
-    q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, lse_ptr, delta_ptr,
-    q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, lse_smem, delta_smem, kv_full, kv_empty, q_full, q_empty,
-    units, pairs, heads, num_blocks, num_heads, group, stride_rows, seqlen_q, shift, left, right,
-    pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_PHI: gl.constexpr, STAGES: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr,
-    CONSUMERS: gl.constexpr, ALTERNATES: gl.constexpr,
+def produce(
+    q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, lse_ptr, delta_ptr, q_smem, k_smem, v_smem, do_smem, pq_smem,
+    pk_smem, lse_smem, delta_smem, kv_full, kv_empty, q_full, q_empty, units, pairs, heads, num_blocks, num_heads,
+    group, stride_rows, seqlen_q, shift, left, right, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr, HAS_PHI: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr,
+    BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, CONSUMERS: gl.constexpr, KV_STAGES: gl.constexpr,
+    ALTERNATES: gl.constexpr,
 ):  # fmt: skip
     """The loading warp: keys and values of every tile, and the queries that see them."""
     BLOCK_N: gl.constexpr = ROWS * CONSUMERS
@@ -76,14 +76,17 @@ def _produce(
         )
         start_n = block * BLOCK_N
         lo, _, _, hi = query_tiles(start_n, seqlen_q, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N)
-        mbarrier.wait(kv_empty, (turn & 1) ^ 1)
-        mbarrier.expect(kv_full, 2 * BLOCK_N * width)
+        slot = turn % KV_STAGES
+        mbarrier.wait(kv_empty.index(slot), ((turn // KV_STAGES) & 1) ^ 1)
+        full = kv_full.index(slot)
+        mbarrier.expect(full, 2 * BLOCK_N * width)
         f_k = own_index(b * num_heads + hk * group, pk_s1, pk_v2, pk_s2)
         for w in gl.static_range(CONSUMERS):
-            load(k_desc, [b, hk, start_n + w * ROWS, 0], kv_full, k_smem.index(w))
-            load(v_desc, [b, hk, start_n + w * ROWS, 0], kv_full, v_smem.index(w))
+            place = slot * CONSUMERS + w
+            load(k_desc, [b, hk, start_n + w * ROWS, 0], full, k_smem.index(place))
+            load(v_desc, [b, hk, start_n + w * ROWS, 0], full, v_smem.index(place))
             if HAS_PHI:
-                load(pk_desc, [f_k, start_n + w * ROWS, 0], kv_full, pk_smem.index(w))
+                load(pk_desc, [f_k, start_n + w * ROWS, 0], full, pk_smem.index(place))
         for g in range(group):
             h = hk * group + g
             bh = b * num_heads + h
@@ -116,27 +119,7 @@ def key_tile_of(unit, num_blocks, pairs, heads, kv_heads, IS_BANDED: gl.constexp
 
 
 @jit
-def _issue_scores(
-    k, v, pk, step, q_smem, do_smem, pq_smem, q_full, HAS_PHI: gl.constexpr, STAGES: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr,
-    q_layout: gl.constexpr, do_layout: gl.constexpr, pq_layout: gl.constexpr,
-):  # fmt: skip
-    """S^T / scale and dP^T of a step, in flight."""
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
-    stage = step % STAGES
-    mbarrier.wait(q_full.index(stage), (step // STAGES) & 1)
-    q = q_smem.index(stage)._reinterpret(q_smem.dtype, [BLOCK_M, BLOCK_D], q_layout)
-    do = do_smem.index(stage)._reinterpret(do_smem.dtype, [BLOCK_M, BLOCK_DV], do_layout)
-    zero = gl.zeros([ROWS, BLOCK_M], gl.float32, s_layout)
-    s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
-    if HAS_PHI:
-        pq = pq_smem.index(stage)._reinterpret(pq_smem.dtype, [BLOCK_M, BLOCK_R], pq_layout)
-        s = warpgroup_mma(pk, pq.permute((1, 0)), s, is_async=True)
-    return s, warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
-
-
-@jit
-def _weights(s, lse_smem, start_m, start_n, seqlen_k, shift, left, right, qk_scale, IS_EDGE: gl.constexpr,
+def weights(s, lse_smem, start_m, start_n, seqlen_k, shift, left, right, qk_scale, IS_EDGE: gl.constexpr,
              HAS_TAIL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
              BLOCK_M: gl.constexpr):  # fmt: skip
     """P^T of a tile, 0 where the band or the end of the keys hides."""
@@ -158,137 +141,158 @@ def _weights(s, lse_smem, start_m, start_n, seqlen_k, shift, left, right, qk_sca
 
 @jit
 def _walk(
-    w: gl.constexpr, dk, dv, dphi, step, first, count, turned, f_q, bh, slabs, start_n, k_first, v_first, k_turned, pk,
-    q_smem, k_smem, do_smem, pq_smem, pk_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem,
-    q_full, q_empty, ds_full, ds_empty, dq_desc, dpq_desc, seqlen_k, shift, left, right, qk_scale,
+    w: gl.constexpr, dk, dv, dphi, step, first, count, turned, start_n, k, v, pk, q_smem, do_smem, pq_smem, ds_smem,
+    lse_smem, delta_smem, q_full, q_empty, ds_full, ds_empty, seqlen_k, shift, left, right, qk_scale,
     IS_EDGE: gl.constexpr, HAS_TAIL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
-    HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr, SUM_DPK: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr,
-    q_layout: gl.constexpr, k_layout: gl.constexpr, do_layout: gl.constexpr, pq_layout: gl.constexpr,
-    pk_layout: gl.constexpr, dq_layout: gl.constexpr, dpq_layout: gl.constexpr,
-    TURNED: gl.constexpr, DQ_COLUMNS: gl.constexpr, CONSUMERS: gl.constexpr,
+    HAS_PHI: gl.constexpr, SUM_DPK: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr,
+    BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr, q_layout: gl.constexpr,
+    do_layout: gl.constexpr, pq_layout: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """Walk over `count` tiles of queries from `first`, the one `turned` steps in at first."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     dv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     dphi_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_G, 16])
-    part_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQ_COLUMNS, 16])
-    SHARED: gl.constexpr = DQ_COLUMNS < BLOCK_D
-    PARTS: gl.constexpr = CONSUMERS if SHARED else 1
-    # Where warpgroups have columns of dq each, the first one makes dphi_q.
-    OWN_DPQ: gl.constexpr = SUM_DPQ and (w == 0 or not SHARED)
-    # Products that are issued behind those of dk, dv and dphi.
-    BEHIND: gl.constexpr = PARTS * (2 if OWN_DPQ else 1)
     for n in range(count):
-        tile = turned_tile(first, n, count, turned)
-        # Two buffers of dS, so that a warpgroup may be one step ahead of the other.
-        half = step & 1
-        own = ds_smem.index(half * CONSUMERS + w if SHARED else w)
         stage = step % STAGES
+        half = step & 1
+        start_m = turned_tile(first, n, count, turned) * BLOCK_M
+        mbarrier.wait(q_full.index(stage), (step // STAGES) & 1)
         q = q_smem.index(stage)._reinterpret(q_smem.dtype, [BLOCK_M, BLOCK_D], q_layout)
         do = do_smem.index(stage)._reinterpret(do_smem.dtype, [BLOCK_M, BLOCK_DV], do_layout)
-        s, dp = _issue_scores(k_first, v_first, pk, step, q_smem, do_smem, pq_smem, q_full, HAS_PHI, STAGES,
-                              BLOCK_M, BLOCK_D, BLOCK_DV, BLOCK_R, q_layout, do_layout, pq_layout)  # fmt: skip
+        pq = q
+        zero = gl.zeros([ROWS, BLOCK_M], gl.float32, s_layout)
+        s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+        if HAS_PHI:
+            pq = pq_smem.index(stage)._reinterpret(pq_smem.dtype, [BLOCK_M, BLOCK_R], pq_layout)
+            s = warpgroup_mma(pk, pq.permute((1, 0)), s, is_async=True)
+        dp = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s])
-        p = _weights(s, lse_smem.index(stage), tile * BLOCK_M, start_n + w * ROWS, seqlen_k, shift, left, right, qk_scale,
+        p = weights(s, lse_smem.index(stage), start_m, start_n, seqlen_k, shift, left, right, qk_scale,
                      IS_EDGE, HAS_TAIL, HAS_LEFT, HAS_RIGHT, BLOCK_M)  # fmt: skip
         p16 = gl.convert_layout(p.to(do_smem.dtype), gl.DotOperandLayout(0, dv_layout, 2))
         dv = warpgroup_mma(p16, do, dv, is_async=True)
         dp = warpgroup_mma_wait(1, deps=[dp])
         # Read no earlier: registers are short until here.
         delta = delta_smem.index(stage).load(gl.SliceLayout(0, s_layout))
-        ds16 = (p * (dp - delta[None, :])).to(q_smem.dtype)
-        if SHARED:
-            mbarrier.wait(ds_empty.index(half), ((step >> 1) & 1) ^ 1)
-        own.store(ds16)
+        ds = (p * (dp - delta[None, :])).to(q_smem.dtype)
+        dk = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, dk_layout, 2)), q, dk, is_async=True)
+        if SUM_DPK:
+            ds_first = gl.convert_layout(ds, gl.DotOperandLayout(0, dphi_layout, 2))
+            dphi = warpgroup_mma(ds_first, pq.slice(0, BLOCK_G, dim=1), dphi, is_async=True)
+        mbarrier.wait(ds_empty.index(half), ((step >> 1) & 1) ^ 1)
+        ds_smem.index(half * CONSUMERS + w).store(ds)
         fence_async_shared()
-        if SHARED:
-            mbarrier.arrive(ds_full.index(half))
-        dk = warpgroup_mma(gl.convert_layout(ds16, gl.DotOperandLayout(0, dk_layout, 2)), q, dk, is_async=True)
+        mbarrier.arrive(ds_full.index(half))
         if SUM_DPK:
-            pq = pq_smem.index(stage)._reinterpret(pq_smem.dtype, [BLOCK_M, BLOCK_R], pq_layout)
-            dphi = warpgroup_mma(
-                gl.convert_layout(ds16, gl.DotOperandLayout(0, dphi_layout, 2)), pq.slice(0, BLOCK_G, dim=1), dphi,
-                is_async=True,
-            )  # fmt: skip
-        if SHARED:
-            mbarrier.wait(ds_full.index(half), (step >> 1) & 1)
-        if TURNED:
-            dq = warpgroup_mma(k_turned, own, gl.zeros([BLOCK_D, BLOCK_M], gl.float32, s_layout), use_acc=False,
-                               is_async=True)  # fmt: skip
+            dk, dv, dphi = warpgroup_mma_wait(0, deps=[dk, dv, dphi])
         else:
-            dq = gl.zeros([BLOCK_M, DQ_COLUMNS], gl.float32, part_layout)
-            for c in gl.static_range(PARTS):
-                ds = ds_smem.index(half * CONSUMERS + c) if SHARED else own
-                k_c = k_smem.index(c if SHARED else w)._reinterpret(k_smem.dtype, [ROWS, BLOCK_D], k_layout)
-                dq = warpgroup_mma(
-                    ds.permute((1, 0)), k_c.slice(w * DQ_COLUMNS % BLOCK_D, DQ_COLUMNS, dim=1), dq, use_acc=c > 0,
-                    is_async=True,
-                )  # fmt: skip
-        if OWN_DPQ:
-            dpq = gl.zeros([BLOCK_M, BLOCK_G], gl.float32, dphi_layout)
-            for c in gl.static_range(PARTS):
-                ds = ds_smem.index(half * CONSUMERS + c) if SHARED else own
-                pk_c = pk_smem.index(c if SHARED else w)._reinterpret(pk_smem.dtype, [ROWS, BLOCK_R], pk_layout)
-                dpq = warpgroup_mma(
-                    ds.permute((1, 0)), pk_c.slice(0, BLOCK_G, dim=1), dpq, use_acc=c > 0, is_async=True
-                )  # fmt: skip
-        if SUM_DPK:
-            dk, dv, dphi = warpgroup_mma_wait(BEHIND, deps=[dk, dv, dphi])
-        else:
-            dk, dv = warpgroup_mma_wait(BEHIND, deps=[dk, dv])
+            dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])
         mbarrier.arrive(q_empty.index(stage))
-        store_wait(0)
-        if OWN_DPQ:
-            dq, dpq = warpgroup_mma_wait(0, deps=[dq, dpq])
-            dpq_smem.index(w)._reinterpret(gl.float32, [BLOCK_M, BLOCK_G], dpq_layout).store(dpq)
-        else:
-            dq = warpgroup_mma_wait(0, deps=[dq])
-        if SHARED:
-            mbarrier.arrive(ds_empty.index(half))
-        if TURNED:
-            dq_smem.index(w)._reinterpret(gl.float32, [BLOCK_D, BLOCK_M], dq_layout).store(dq)
-        else:
-            dq_smem.index(w)._reinterpret(gl.float32, [BLOCK_M, DQ_COLUMNS], dq_layout).store(dq)
-        fence_async_shared()
-        row = tile * (BLOCK_M // ROWS)
-        across: gl.constexpr = BLOCK_D // DQ_COLUMNS
-        slab = (bh * slabs + row) * across + w % across
-        reduce_add(dq_desc, [slab * (ROWS * DQ_COLUMNS // LINE), 0], dq_smem.index(w))
-        if OWN_DPQ:
-            reduce_add(dpq_desc, [(f_q * slabs + row) * (ROWS * BLOCK_G // LINE), 0], dpq_smem.index(w))
         step += 1
     return dk, dv, dphi, step
 
 
 @jit
+def _sit_out(w: gl.constexpr, n, step, ds_smem, q_full, q_empty, ds_full, ds_empty, STAGES: gl.constexpr,
+             BLOCK_M: gl.constexpr, CONSUMERS: gl.constexpr):  # fmt: skip
+    """A step of a warpgroup without keys: its dS is zero, in both buffers from the second step on."""
+    half = step & 1
+    mbarrier.wait(q_full.index(step % STAGES), (step // STAGES) & 1)
+    mbarrier.wait(ds_empty.index(half), ((step >> 1) & 1) ^ 1)
+    if n < 2:
+        zero = gl.zeros([ROWS, BLOCK_M], ds_smem.dtype, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16]))
+        ds_smem.index(half * CONSUMERS + w).store(zero)
+        fence_async_shared()
+    mbarrier.arrive(ds_full.index(half))
+    mbarrier.arrive(q_empty.index(step % STAGES))
+
+
+@jit
+def _sum_over_keys(
+    dq_desc, dpq_desc, k_smem, pk_smem, ds_smem, dq_smem, dpq_smem, ds_full, ds_empty, kv_empty, units, pairs, heads,
+    num_blocks, num_heads, group, slabs, seqlen_q, shift, left, right, pq_s1, pq_v2, pq_s2, HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr, SUM_DPQ: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr,
+    BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr, DQ_COLUMNS: gl.constexpr, k_layout: gl.constexpr,
+    pk_layout: gl.constexpr, dq_layout: gl.constexpr, dpq_layout: gl.constexpr, CONSUMERS: gl.constexpr,
+    KV_STAGES: gl.constexpr, ALTERNATES: gl.constexpr,
+):  # fmt: skip
+    """The last warpgroup: dq and dphi_q of each step, over the keys of all others."""
+    BLOCK_N: gl.constexpr = ROWS * CONSUMERS
+    ACROSS: gl.constexpr = BLOCK_D // DQ_COLUMNS
+    sum_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQ_COLUMNS, 16])
+    dphi_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_G, 16])
+    step = 0
+    for turn in range(turns_of(units, ALTERNATES)):
+        b, hk, block = key_tile_of(
+            unit_of(turn, ALTERNATES), num_blocks, pairs, heads, num_heads // group, HAS_LEFT or HAS_RIGHT
+        )
+        lo, _, _, hi = query_tiles(block * BLOCK_N, seqlen_q, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N)
+        keys = turn % KV_STAGES * CONSUMERS
+        for g in range(group):
+            bh = b * num_heads + hk * group + g
+            f_q = own_index(bh, pq_s1, pq_v2, pq_s2)
+            turned = turn_of(block, num_blocks, hi - lo, HAS_LEFT or HAS_RIGHT)
+            for n in range(hi - lo):
+                row = turned_tile(lo, n, hi - lo, turned)
+                half = step & 1
+                mbarrier.wait(ds_full.index(half), (step >> 1) & 1)
+                for part in gl.static_range(ACROSS):
+                    dq = gl.zeros([BLOCK_M, DQ_COLUMNS], gl.float32, sum_layout)
+                    for c in gl.static_range(CONSUMERS):
+                        k = k_smem.index(keys + c)._reinterpret(k_smem.dtype, [ROWS, BLOCK_D], k_layout)
+                        dq = warpgroup_mma(
+                            ds_smem.index(half * CONSUMERS + c).permute((1, 0)),
+                            k.slice(part * DQ_COLUMNS, DQ_COLUMNS, dim=1), dq, use_acc=c > 0, is_async=True,
+                        )  # fmt: skip
+                    if SUM_DPQ and part == ACROSS - 1:
+                        dpq = gl.zeros([BLOCK_M, BLOCK_G], gl.float32, dphi_layout)
+                        for c in gl.static_range(CONSUMERS):
+                            pk = pk_smem.index(keys + c)._reinterpret(pk_smem.dtype, [ROWS, BLOCK_R], pk_layout)
+                            dpq = warpgroup_mma(
+                                ds_smem.index(half * CONSUMERS + c).permute((1, 0)), pk.slice(0, BLOCK_G, dim=1), dpq,
+                                use_acc=c > 0, is_async=True,
+                            )  # fmt: skip
+                        dq, dpq = warpgroup_mma_wait(0, deps=[dq, dpq])
+                    else:
+                        dq = warpgroup_mma_wait(0, deps=[dq])
+                    if part == ACROSS - 1:
+                        mbarrier.arrive(ds_empty.index(half))
+                    # Two buffers of dq, one of dphi_q: what was added before from the same one has left it.
+                    slot = dq_smem.index((step * ACROSS + part) & 1)
+                    store_wait(2 if SUM_DPQ else 1)
+                    slot._reinterpret(gl.float32, [BLOCK_M, DQ_COLUMNS], dq_layout).store(dq)
+                    fence_async_shared()
+                    slab = (bh * slabs + row) * ACROSS + part
+                    reduce_add(dq_desc, [slab * (ROWS * DQ_COLUMNS // LINE), 0], slot)
+                if SUM_DPQ:
+                    store_wait(ACROSS)
+                    dpq_smem._reinterpret(gl.float32, [BLOCK_M, BLOCK_G], dpq_layout).store(dpq)
+                    fence_async_shared()
+                    reduce_add(dpq_desc, [(f_q * slabs + row) * (ROWS * BLOCK_G // LINE), 0], dpq_smem)
+                step += 1
+        mbarrier.arrive(kv_empty.index(turn % KV_STAGES))
+    store_wait(0)
+
+
+@jit
 def _consume(
-    w: gl.constexpr, dq_desc, dk_desc, dv_desc, dpq_desc, dpk_desc,
-    q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, dpk_smem,
-    kv_full, kv_empty, q_full, q_empty, ds_full, ds_empty,
-    units, pairs, heads, num_blocks, num_heads, group, slabs, seqlen_q, seqlen_k, shift, left, right, scale,
-    pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2,
+    w: gl.constexpr, dk_desc, dv_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, ds_smem, lse_smem,
+    delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty, ds_full, ds_empty, units, pairs, heads,
+    num_blocks, num_heads, group, seqlen_q, seqlen_k, shift, left, right, scale, pk_s1, pk_v2, pk_s2,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_TAIL: gl.constexpr, HAS_PHI: gl.constexpr,
-    SUM_DPQ: gl.constexpr, SUM_DPK: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr,
-    BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr,
-    q_layout: gl.constexpr, k_layout: gl.constexpr, v_layout: gl.constexpr, do_layout: gl.constexpr,
-    pq_layout: gl.constexpr, pk_layout: gl.constexpr, dq_layout: gl.constexpr,
-    dpq_layout: gl.constexpr, dpk_layout: gl.constexpr, HOLDS_KEYS: gl.constexpr, TURNED: gl.constexpr,
-    DQ_COLUMNS: gl.constexpr, CONSUMERS: gl.constexpr, ALTERNATES: gl.constexpr,
+    SUM_DPK: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
+    BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr, q_layout: gl.constexpr, k_layout: gl.constexpr,
+    v_layout: gl.constexpr, do_layout: gl.constexpr, pq_layout: gl.constexpr, pk_layout: gl.constexpr,
+    dpk_layout: gl.constexpr, HOLDS_PHI: gl.constexpr, HAS_IDLE: gl.constexpr, CONSUMERS: gl.constexpr,
+    KV_STAGES: gl.constexpr, ALTERNATES: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup w: 64 keys of every tile."""
     BLOCK_N: gl.constexpr = ROWS * CONSUMERS
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
-    turned_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     dv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     dphi_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_G, 16])
-    k = k_smem.index(w)._reinterpret(k_smem.dtype, [ROWS, BLOCK_D], k_layout)
-    v = v_smem.index(w)._reinterpret(v_smem.dtype, [ROWS, BLOCK_DV], v_layout)
-    pk = k
-    if HAS_PHI:
-        pk = pk_smem.index(w)._reinterpret(pk_smem.dtype, [ROWS, BLOCK_R], pk_layout)
     step = 0
     for turn in range(turns_of(units, ALTERNATES)):
         b, hk, block = key_tile_of(
@@ -301,20 +305,24 @@ def _consume(
         dk = gl.zeros([ROWS, BLOCK_D], gl.float32, dk_layout)
         dv = gl.zeros([ROWS, BLOCK_DV], gl.float32, dv_layout)
         dphi = gl.zeros([ROWS, BLOCK_G], gl.float32, dphi_layout)
-        mbarrier.wait(kv_full, turn & 1)
-        begin = step
-        k_first = k
-        v_first = v
-        if HOLDS_KEYS:
-            # First operands from registers: the matrix unit then reads shared memory for the second ones alone.
-            k_first = k.load(gl.DotOperandLayout(0, s_layout, 2))
-            v_first = v.load(gl.DotOperandLayout(0, s_layout, 2))
-        k_turned = k_first
-        if TURNED:
-            k_turned = k.permute((1, 0)).load(gl.DotOperandLayout(0, turned_layout, 2))
-        for g in range(group):
-            bh = b * num_heads + hk * group + g
-            f_q = own_index(bh, pq_s1, pq_v2, pq_s2)
+        slot = turn % KV_STAGES
+        mbarrier.wait(kv_full.index(slot), (turn // KV_STAGES) & 1)
+        # First operands from registers: the matrix unit then reads shared memory for the second ones alone.
+        place = slot * CONSUMERS + w
+        k = k_smem.index(place)._reinterpret(k_smem.dtype, [ROWS, BLOCK_D], k_layout)
+        k = k.load(gl.DotOperandLayout(0, s_layout, 2))
+        v = v_smem.index(place)._reinterpret(v_smem.dtype, [ROWS, BLOCK_DV], v_layout)
+        v = v.load(gl.DotOperandLayout(0, s_layout, 2))
+        pk = k
+        if HAS_PHI:
+            pk = pk_smem.index(place)._reinterpret(pk_smem.dtype, [ROWS, BLOCK_R], pk_layout)
+            if HOLDS_PHI:
+                pk = pk.load(gl.DotOperandLayout(0, s_layout, 2))
+        # Where this warpgroup has no keys, the others go on without it.
+        members = group
+        if w > 0 and HAS_IDLE:
+            members = gl.where(start_n + w * ROWS < seqlen_k, group, 0)
+        for _ in range(members):
             for part in gl.static_range(3):
                 if part == 0:
                     first = lo
@@ -328,87 +336,87 @@ def _consume(
                 if part == 1 or (part == 0 and HAS_RIGHT) or (part == 2 and HAS_LEFT):
                     dk, dv, dphi, step = _walk(
                         w, dk, dv, dphi, step, first, count, turn_of(block, num_blocks, count, HAS_LEFT or HAS_RIGHT),
-                        f_q, bh, slabs, start_n, k_first, v_first, k_turned, pk, q_smem, k_smem, do_smem, pq_smem, pk_smem,
-                        ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, q_full, q_empty, ds_full, ds_empty, dq_desc,
-                        dpq_desc, seqlen_k, shift, left, right, scale * LOG2E,
-                        part != 1, HAS_TAIL, HAS_LEFT, HAS_RIGHT, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_M, BLOCK_D,
-                        BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout, do_layout, pq_layout, pk_layout, dq_layout,
-                        dpq_layout, TURNED, DQ_COLUMNS, CONSUMERS,
+                        start_n + w * ROWS, k, v, pk, q_smem, do_smem, pq_smem, ds_smem, lse_smem,
+                        delta_smem, q_full, q_empty, ds_full, ds_empty, seqlen_k, shift, left, right, scale * LOG2E,
+                        part != 1, HAS_TAIL, HAS_LEFT, HAS_RIGHT, HAS_PHI, SUM_DPK, STAGES, BLOCK_M, BLOCK_D, BLOCK_DV,
+                        BLOCK_R, BLOCK_G, q_layout, do_layout, pq_layout, CONSUMERS,
                     )  # fmt: skip
-        if DQ_COLUMNS < BLOCK_D:
-            # The other warpgroup reads these keys until it has made its last part of dq.
-            last = step - 1
-            mbarrier.wait(ds_empty.index(last & 1), (last >> 1) & 1, pred=step > begin)
-        k.store((dk * scale).to(k_smem.dtype))
-        v.store(dv.to(v_smem.dtype))
+        if w > 0 and HAS_IDLE:
+            for n in range((group - members) * (hi - lo)):
+                _sit_out(w, n, step, ds_smem, q_full, q_empty, ds_full, ds_empty, STAGES, BLOCK_M, CONSUMERS)
+                step += 1
+        mbarrier.arrive(kv_empty.index(slot))
+        # What was stored before has left these buffers long ago.
+        store_wait(0)
+        dk_smem.index(w)._reinterpret(dk_desc.dtype, [ROWS, BLOCK_D], k_layout).store((dk * scale).to(dk_desc.dtype))
+        dv_smem.index(w)._reinterpret(dv_desc.dtype, [ROWS, BLOCK_DV], v_layout).store(dv.to(dv_desc.dtype))
         if SUM_DPK:
-            store_wait(0)
             own = dpk_smem.index(w)
             own._reinterpret(gl.float32, [ROWS, BLOCK_G], dpk_layout).store(dphi * scale)
         fence_async_shared()
-        store(dk_desc, [b, hk, start_n + w * ROWS, 0], k_smem.index(w))
-        store(dv_desc, [b, hk, start_n + w * ROWS, 0], v_smem.index(w))
+        store(dk_desc, [b, hk, start_n + w * ROWS, 0], dk_smem.index(w))
+        store(dv_desc, [b, hk, start_n + w * ROWS, 0], dv_smem.index(w))
         if SUM_DPK:
             f_k = own_index(b * num_heads + hk * group, pk_s1, pk_v2, pk_s2)
             reduce_add(dpk_desc, [f_k, start_n + w * ROWS, 0], dpk_smem.index(w))
-        store_wait(0)
-        mbarrier.arrive(kv_empty)
+    store_wait(0)
 
 
 @jit(
     do_not_specialize=[
-        "units", "pairs", "heads", "num_blocks", "num_heads", "group", "slabs", "stride_rows", "seqlen_q", "seqlen_k", "shift",
-        "left", "right", "pq_s1", "pq_v2", "pq_s2", "pk_s1", "pk_v2", "pk_s2",
+        "units", "pairs", "heads", "num_blocks", "num_heads", "group", "slabs", "stride_rows", "seqlen_q", "seqlen_k",
+        "shift", "left", "right", "pq_s1", "pq_v2", "pq_s2", "pk_s1", "pk_v2", "pk_s2",
     ]
 )  # fmt: skip
 def _bwd_kernel(
     q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, lse_ptr, delta_ptr, dq_desc, dk_desc, dv_desc, dpq_desc,
-    dpk_desc, units, pairs, heads, num_blocks, num_heads, group, slabs, stride_rows, seqlen_q, seqlen_k, shift, left, right,
-    scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_TAIL: gl.constexpr, HAS_PHI: gl.constexpr,
-    SUM_DPQ: gl.constexpr, SUM_DPK: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr,
-    BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr,
-    HOLDS_KEYS: gl.constexpr, TURNED: gl.constexpr, DQ_COLUMNS: gl.constexpr, CONSUMERS: gl.constexpr,
-    ALTERNATES: gl.constexpr, REGISTERS: gl.constexpr,
+    dpk_desc, units, pairs, heads, num_blocks, num_heads, group, slabs, stride_rows, seqlen_q, seqlen_k, shift, left,
+    right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    HAS_TAIL: gl.constexpr, HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr, SUM_DPK: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr,
+    HOLDS_PHI: gl.constexpr, HAS_IDLE: gl.constexpr, DQ_COLUMNS: gl.constexpr, CONSUMERS: gl.constexpr,
+    KV_STAGES: gl.constexpr, ALTERNATES: gl.constexpr, REGISTERS: gl.constexpr, SUM_REGISTERS: gl.constexpr,
     q_layout: gl.constexpr, k_layout: gl.constexpr, v_layout: gl.constexpr, do_layout: gl.constexpr,
     pq_layout: gl.constexpr, pk_layout: gl.constexpr, ds_layout: gl.constexpr, dq_layout: gl.constexpr,
     dpq_layout: gl.constexpr, dpk_layout: gl.constexpr,
 ):  # fmt: skip
-    """All gradients; a program takes every so-manieth tile of 128 keys of one (batch, head of keys)."""
-    rows_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    k_smem = gl.allocate_shared_memory(k_desc.dtype, [CONSUMERS, 1, 1, ROWS, BLOCK_D], k_desc.layout)
-    v_smem = gl.allocate_shared_memory(v_desc.dtype, [CONSUMERS, 1, 1, ROWS, BLOCK_DV], v_desc.layout)
+    """All gradients; a program takes every so-manieth tile of keys of one (batch, head of keys)."""
+    KEYS: gl.constexpr = KV_STAGES * CONSUMERS
+    k_smem = gl.allocate_shared_memory(k_desc.dtype, [KEYS, 1, 1, ROWS, BLOCK_D], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(v_desc.dtype, [KEYS, 1, 1, ROWS, BLOCK_DV], v_desc.layout)
+    dk_smem = gl.allocate_shared_memory(dk_desc.dtype, [CONSUMERS, 1, 1, ROWS, BLOCK_D], dk_desc.layout)
+    dv_smem = gl.allocate_shared_memory(dv_desc.dtype, [CONSUMERS, 1, 1, ROWS, BLOCK_DV], dv_desc.layout)
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_D], q_desc.layout)
     do_smem = gl.allocate_shared_memory(do_desc.dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_DV], do_desc.layout)
     pq_smem = q_smem
     pk_smem = k_smem
     if HAS_PHI:
         pq_smem = gl.allocate_shared_memory(pq_desc.dtype, [STAGES, 1, BLOCK_M, BLOCK_R], pq_desc.layout)
-        pk_smem = gl.allocate_shared_memory(pk_desc.dtype, [CONSUMERS, 1, ROWS, BLOCK_R], pk_desc.layout)
-    SHARED: gl.constexpr = DQ_COLUMNS < BLOCK_D
-    ds_smem = gl.allocate_shared_memory(
-        q_desc.dtype, [2 * CONSUMERS if SHARED else CONSUMERS, ROWS, BLOCK_M], ds_layout
-    )
-    dq_smem = gl.allocate_shared_memory(gl.float32, [CONSUMERS, BLOCK_M * DQ_COLUMNS // LINE, LINE], dq_desc.layout)
+        pk_smem = gl.allocate_shared_memory(pk_desc.dtype, [KEYS, 1, ROWS, BLOCK_R], pk_desc.layout)
+    ds_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * CONSUMERS, ROWS, BLOCK_M], ds_layout)
+    dq_smem = gl.allocate_shared_memory(gl.float32, [2, BLOCK_M * DQ_COLUMNS // LINE, LINE], dq_desc.layout)
     dpq_smem = dq_smem
     dpk_smem = dq_smem
     if SUM_DPQ:
-        dpq_smem = gl.allocate_shared_memory(gl.float32, [CONSUMERS, BLOCK_M * BLOCK_G // LINE, LINE], dpq_desc.layout)
+        dpq_smem = gl.allocate_shared_memory(gl.float32, [BLOCK_M * BLOCK_G // LINE, LINE], dpq_desc.layout)
     if SUM_DPK:
         dpk_smem = gl.allocate_shared_memory(gl.float32, [CONSUMERS, 1, ROWS, BLOCK_G], dpk_desc.layout)
+    # A thread reads 16 bytes at a time of what its columns need.
+    rows_layout: gl.constexpr = gl.SharedLinearLayout(offset_bases=[[1], [8], [2], [4], [16], [32]])
     lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], rows_layout)
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], rows_layout)
-    kv_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    kv_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    kv_full = gl.allocate_shared_memory(gl.int64, [KV_STAGES, 1], mbarrier.MBarrierLayout())
+    kv_empty = gl.allocate_shared_memory(gl.int64, [KV_STAGES, 1], mbarrier.MBarrierLayout())
     ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     ds_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(kv_full, count=1)
-    mbarrier.init(kv_empty, count=CONSUMERS)
+    for slot in gl.static_range(KV_STAGES):
+        mbarrier.init(kv_full.index(slot), count=1)
+        mbarrier.init(kv_empty.index(slot), count=CONSUMERS + 1)
     for n in gl.static_range(2):
         mbarrier.init(ds_full.index(n), count=CONSUMERS)
-        mbarrier.init(ds_empty.index(n), count=CONSUMERS)
+        mbarrier.init(ds_empty.index(n), count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(q_full.index(stage), count=2)
         mbarrier.init(q_empty.index(stage), count=CONSUMERS)
@@ -417,64 +425,69 @@ def _bwd_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume, (0, dq_desc, dk_desc, dv_desc, dpq_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem,
-                            pk_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, dpk_smem, kv_full, kv_empty,
-                            q_full, q_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, slabs,
-                            seqlen_q, seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2,
-                            HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_M, BLOCK_D,
-                            BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout,
-                            dq_layout, dpq_layout, dpk_layout, HOLDS_KEYS, TURNED, DQ_COLUMNS,
-                            CONSUMERS, ALTERNATES)),
-                (_consume, (1, dq_desc, dk_desc, dv_desc, dpq_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem,
-                            pk_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, dpk_smem, kv_full, kv_empty,
-                            q_full, q_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, slabs,
-                            seqlen_q, seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2,
-                            HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_M, BLOCK_D,
-                            BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout,
-                            dq_layout, dpq_layout, dpk_layout, HOLDS_KEYS, TURNED, DQ_COLUMNS,
-                            CONSUMERS, ALTERNATES)),
-                (_produce, (q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, lse_ptr, delta_ptr, q_smem, k_smem,
-                            v_smem, do_smem, pq_smem, pk_smem, lse_smem, delta_smem, kv_full, kv_empty, q_full, q_empty,
-                            units, pairs, heads, num_blocks, num_heads, group, stride_rows, seqlen_q, shift, left,
-                            right, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_PHI, STAGES,
-                            BLOCK_M, BLOCK_D, BLOCK_DV, BLOCK_R, CONSUMERS, ALTERNATES)),
+                (_consume, (0, dk_desc, dv_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, ds_smem,
+                            lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty,
+                            ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, seqlen_q, seqlen_k,
+                            shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI,
+                            SUM_DPK, STAGES, BLOCK_M, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout, v_layout,
+                            do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS, KV_STAGES,
+                            ALTERNATES)),
+                (_consume, (1, dk_desc, dv_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, ds_smem,
+                            lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty,
+                            ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, seqlen_q, seqlen_k,
+                            shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI,
+                            SUM_DPK, STAGES, BLOCK_M, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout, v_layout,
+                            do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS, KV_STAGES,
+                            ALTERNATES)),
+                (_sum_over_keys, (dq_desc, dpq_desc, k_smem, pk_smem, ds_smem, dq_smem, dpq_smem, ds_full, ds_empty,
+                                  kv_empty, units, pairs, heads, num_blocks, num_heads, group, slabs, seqlen_q, shift,
+                                  left, right, pq_s1, pq_v2, pq_s2, HAS_LEFT, HAS_RIGHT, SUM_DPQ, BLOCK_M, BLOCK_D,
+                                  BLOCK_R, BLOCK_G, DQ_COLUMNS, k_layout, pk_layout, dq_layout, dpq_layout, CONSUMERS,
+                                  KV_STAGES, ALTERNATES)),
+                (produce, (q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, lse_ptr, delta_ptr, q_smem, k_smem,
+                           v_smem, do_smem, pq_smem, pk_smem, lse_smem, delta_smem, kv_full, kv_empty, q_full, q_empty,
+                           units, pairs, heads, num_blocks, num_heads, group, stride_rows, seqlen_q, shift, left, right,
+                           pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_PHI, STAGES, BLOCK_M,
+                           BLOCK_D, BLOCK_DV, BLOCK_R, CONSUMERS, KV_STAGES, ALTERNATES)),
             ],
-            [4, 1],
-            [REGISTERS, 24],
+            [4, 4, 1],
+            [REGISTERS, SUM_REGISTERS, 24],
         )  # fmt: skip
     else:
         gl.warp_specialize(
             [
-                (_consume, (0, dq_desc, dk_desc, dv_desc, dpq_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem,
-                            pk_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, dpk_smem, kv_full, kv_empty,
-                            q_full, q_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, slabs,
-                            seqlen_q, seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2,
-                            HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_M, BLOCK_D,
-                            BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout,
-                            dq_layout, dpq_layout, dpk_layout, HOLDS_KEYS, TURNED, DQ_COLUMNS,
-                            CONSUMERS, ALTERNATES)),
-                (_consume, (1, dq_desc, dk_desc, dv_desc, dpq_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem,
-                            pk_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, dpk_smem, kv_full, kv_empty,
-                            q_full, q_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, slabs,
-                            seqlen_q, seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2,
-                            HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_M, BLOCK_D,
-                            BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout,
-                            dq_layout, dpq_layout, dpk_layout, HOLDS_KEYS, TURNED, DQ_COLUMNS,
-                            CONSUMERS, ALTERNATES)),
-                (_consume, (2, dq_desc, dk_desc, dv_desc, dpq_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem,
-                            pk_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, dpk_smem, kv_full, kv_empty,
-                            q_full, q_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, slabs,
-                            seqlen_q, seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2,
-                            HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_M, BLOCK_D,
-                            BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout,
-                            dq_layout, dpq_layout, dpk_layout, HOLDS_KEYS, TURNED, DQ_COLUMNS,
-                            CONSUMERS, ALTERNATES)),
-                (_produce, (q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, lse_ptr, delta_ptr, q_smem, k_smem,
-                            v_smem, do_smem, pq_smem, pk_smem, lse_smem, delta_smem, kv_full, kv_empty, q_full, q_empty,
-                            units, pairs, heads, num_blocks, num_heads, group, stride_rows, seqlen_q, shift, left,
-                            right, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_PHI, STAGES,
-                            BLOCK_M, BLOCK_D, BLOCK_DV, BLOCK_R, CONSUMERS, ALTERNATES)),
+                (_consume, (0, dk_desc, dv_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, ds_smem,
+                            lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty,
+                            ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, seqlen_q, seqlen_k,
+                            shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI,
+                            SUM_DPK, STAGES, BLOCK_M, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout, v_layout,
+                            do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS, KV_STAGES,
+                            ALTERNATES)),
+                (_consume, (1, dk_desc, dv_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, ds_smem,
+                            lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty,
+                            ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, seqlen_q, seqlen_k,
+                            shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI,
+                            SUM_DPK, STAGES, BLOCK_M, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout, v_layout,
+                            do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS, KV_STAGES,
+                            ALTERNATES)),
+                (_consume, (2, dk_desc, dv_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, ds_smem,
+                            lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty,
+                            ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, seqlen_q, seqlen_k,
+                            shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI,
+                            SUM_DPK, STAGES, BLOCK_M, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout, v_layout,
+                            do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS, KV_STAGES,
+                            ALTERNATES)),
+                (_sum_over_keys, (dq_desc, dpq_desc, k_smem, pk_smem, ds_smem, dq_smem, dpq_smem, ds_full, ds_empty,
+                                  kv_empty, units, pairs, heads, num_blocks, num_heads, group, slabs, seqlen_q, shift,
+                                  left, right, pq_s1, pq_v2, pq_s2, HAS_LEFT, HAS_RIGHT, SUM_DPQ, BLOCK_M, BLOCK_D,
+                                  BLOCK_R, BLOCK_G, DQ_COLUMNS, k_layout, pk_layout, dq_layout, dpq_layout, CONSUMERS,
+                                  KV_STAGES, ALTERNATES)),
+                (produce, (q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, lse_ptr, delta_ptr, q_smem, k_smem,
+                           v_smem, do_smem, pq_smem, pk_smem, lse_smem, delta_smem, kv_full, kv_empty, q_full, q_empty,
+                           units, pairs, heads, num_blocks, num_heads, group, stride_rows, seqlen_q, shift, left, right,
+                           pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_PHI, STAGES, BLOCK_M,
+                           BLOCK_D, BLOCK_DV, BLOCK_R, CONSUMERS, KV_STAGES, ALTERNATES)),
             ],
-            [4, 4, 1],
-            [REGISTERS, REGISTERS, 24],
+            [4, 4, 4, 1],
+            [REGISTERS, REGISTERS, SUM_REGISTERS, 24],
         )  # fmt: skip

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from flashbias.attention import packing
 from flashbias.attention.hopper.gluon import (
     fence_async_shared,
     gl,
@@ -191,9 +192,16 @@ def fits(ops: Operands) -> bool:
     """Whether `launch` takes the call."""
     if not short.fits(ops) or ops.dropout_p > 0 or ops.ranks_per_head is not None:
         return False
-    if ops.head_dim % 8 or ops.head_dim_v % 8:
-        return False
-    return ops.factors is None or ops.factors.chunks == 1
+    return ops.head_dim % 8 == 0 and ops.head_dim_v % 8 == 0 and held_columns(ops) <= packing.WIDEST_CHUNK
+
+
+def held_columns(ops: Operands) -> int:
+    """Columns of the factors as packed, without packing them."""
+    if ops.phi_q is None or ops.phi_k is None:
+        return 0
+    rank = ops.phi_q.shape[-1]
+    is_packed = packing.is_packed(ops.phi_q, ops.phi_k, ops.q.dtype)
+    return rank * len(packing.products(rank, ops.q.dtype)) if is_packed else rank
 
 
 def launch(

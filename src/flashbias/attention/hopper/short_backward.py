@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flashbias.attention import packing
+from flashbias.attention.hopper import short as hopper_short
 from flashbias.attention.hopper.gluon import (
     fence_async_shared,
     gl,
@@ -23,11 +25,11 @@ from flashbias.attention.hopper.gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from flashbias.attention.hopper.operands import addressable, descriptor, layout_of, matrix
+from flashbias.attention.hopper.operands import addressable, descriptor, is_addressable, layout_of, matrix
 from flashbias.attention.hopper.short import WARPS, _bias, _factor, arguments_of
 from flashbias.attention.hopper.tiles import ROWS, exp2, own_index
 from flashbias.attention.layout import cdiv, next_power_of_2
-from flashbias.attention.triton import short, short_backward
+from flashbias.attention.triton import short
 from flashbias.attention.triton.operands import Operands, multiprocessors
 from flashbias.attention.triton.primitives import LOG2E
 
@@ -180,7 +182,8 @@ def _bwd_short_kernel(
         p_smem.store(p.to(kind))
         dp = warpgroup_mma_wait(0, deps=[dp])
         u = p * dp
-        delta = gl.sum(u, 1)
+        total = gl.sum(p, 1)
+        delta = gl.sum(u, 1) / gl.where(total == 0.0, 1.0, total)
         if HAS_DLSE:
             delta = delta - dlse
         ds = u - p * delta[:, None]
@@ -231,12 +234,14 @@ def _bwd_short_kernel(
 
 
 def fits(ops: Operands, needs_grad: tuple[bool, ...]) -> bool:
-    """Whether `launch` takes the call."""
-    if not short_backward.fits(ops, needs_grad) or ops.dropout_p > 0:
+    """Whether `launch` fills all gradients that are needed."""
+    if not hopper_short.fits(ops) or ops.group > 1 or needs_grad[5] or not any(needs_grad[:5]):
         return False
-    if ops.ranks_per_head is not None or ops.head_dim % 8 or ops.head_dim_v % 8:
-        return False
-    return ops.factors is None or (ops.factors.chunks == 1 and ops.factors.phi_q.dtype == torch.bfloat16)
+    if ops.phi_q is None or ops.phi_k is None:
+        return True
+    # Sums of dS are taken apart into bfloat16 parts, which want factors of that kind beside them.
+    is_bfloat16 = packing.is_packed(ops.phi_q, ops.phi_k, ops.q.dtype) or ops.phi_q.dtype == torch.bfloat16
+    return is_bfloat16 and ops.phi_q.shape[-1] <= short.WIDEST
 
 
 def launch(
@@ -248,7 +253,7 @@ def launch(
     needs_grad: tuple[bool, ...],
     *,
     stages: int = 2,
-    maxnreg: int | None = 168,
+    maxnreg: int | None = None,
     resident: int = 2,
 ) -> None:
     """Fill the gradients of query, key, value and the factors for a call that `fits`."""
@@ -257,10 +262,7 @@ def launch(
     assert walk is not None
     splits = short.splits_of(walk, resident * multiprocessors(ops.q.device))
     sources = [addressable(x) for x in (ops.q, ops.k, ops.v, dout)]
-    targets = [
-        ops.flat(grad) if grad.numel() else torch.empty_like(like)
-        for grad, like in zip(grads[:3], sources, strict=False)
-    ]
+    targets = [_target(ops, grad, x) for grad, x in zip(grads[:3], sources, strict=False)]
     widths = (ops.block_d, ops.block_d, ops.block_dv, ops.block_dv, ops.block_d, ops.block_d, ops.block_dv)
     described = [descriptor(x, block, width) for x, width in zip((*sources, *targets), widths, strict=True)]
     rank = 0 if factors is None else factors.rank
@@ -282,6 +284,9 @@ def launch(
         grad_layout=layout_of((block, block_g), kind),
         num_warps=WARPS, **({} if maxnreg is None else {"maxnreg": maxnreg}),
     )  # fmt: skip
+    for grad, made in zip(grads[:3], targets, strict=True):
+        if grad.numel() and ops.flat(grad).data_ptr() != made.data_ptr():
+            ops.flat(grad).copy_(made)
     for need, grad, partial, sharing in (
         (needs_grad[3], grads[3], partials[0], ops.sharing_q),
         (needs_grad[4], grads[4], partials[1], ops.sharing_k),
@@ -290,3 +295,11 @@ def launch(
             # Walks of one head each: those that share a factor follow one another.
             own = partial.view(splits, sharing.groups, -1, *partial.shape[2:])
             grad.copy_(own.sum((0, 2)).view(grad.shape))
+
+
+def _target(ops: Operands, grad: Tensor, like: Tensor) -> Tensor:
+    """Where a gradient goes: a tensor of its own where it is not needed, or not as the copy engine writes."""
+    flat = ops.flat(grad) if grad.numel() else grad
+    return (
+        flat if grad.numel() and is_addressable(flat) else torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    )

@@ -1,9 +1,9 @@
 """Float32 sums over keys as the fused backward pass keeps them, and how they become gradients.
 
 A slab holds 64 queries × W columns, in the order in which the threads of a warpgroup hold a sum of the matrix unit. A
-thread's numbers at (i, j), (i, j + 1), (i + 8, j), (i + 8, j + 1) follow each other, then those of the 128 threads, then
-the next eight columns. So each thread stores 16 bytes at a time, a warp 512 in a row, and no two threads meet in a bank
-of shared memory; and a slab is one block of global memory, to which the copy engine adds without a step between rows.
+thread's numbers at (i, j), (i, j + 1), (i + 8, j), (i + 8, j + 1) follow each other, then those of the 128 threads,
+then the next eight columns. So each thread stores 16 bytes at a time, a warp 512 in a row, and no two threads meet in a
+bank of shared memory; and a slab is one block of global memory, to which the copy engine adds line after line.
 
     index(i, j) = j₀ + 2 i₃ + 4 j₂₁ + 16 i₂₁₀ + 128 i₅₄ + 512 j₅₄₃        subscripts: bits of the number
 """
@@ -38,9 +38,9 @@ def zeros(groups: int, rows: int, width: int, columns: int, device: torch.device
     return torch.zeros(groups, cdiv(rows, ROWS), width // columns, ROWS * columns, dtype=torch.float32, device=device)
 
 
-def box_of(sums: Tensor, rows: int, columns: int) -> Any:
-    """Describe slabs to the copy engine, in boxes of `rows` queries × `columns` columns."""
-    return described(sums.view(-1, LINE), (rows * columns // LINE, LINE), plain())
+def box_of(sums: Tensor) -> Any:
+    """Describe slabs to the copy engine, one to a box."""
+    return described(sums.view(-1, LINE), (sums.shape[-1] // LINE, LINE), plain())
 
 
 @functools.cache
@@ -50,18 +50,17 @@ def plain() -> Any:
 
 
 @functools.cache
-def order_of(rows: int, columns: int) -> Any:
-    """Layout in shared memory of slabs on top of each other, as a matrix of `rows` queries × `columns` columns."""
+def order_of(columns: int) -> Any:
+    """Layout in shared memory of a slab as a matrix of 64 queries × `columns` columns."""
     first = [[0, 1], [8, 0], [0, 2], [0, 4], [1, 0], [2, 0], [4, 0], [16, 0], [32, 0]]
     wide = [[0, 1 << bit] for bit in range(3, columns.bit_length() - 1)]
-    high = [[1 << bit, 0] for bit in range(6, rows.bit_length() - 1)]
-    return gl.SharedLinearLayout(offset_bases=first + wide + high)
+    return gl.SharedLinearLayout(offset_bases=first + wide)
 
 
 @triton.jit
 def _unfold_kernel(
-    sums_ptr, out_ptr, stride_ob, stride_oh, stride_on, num_heads, seqlen, width, slabs, across, factor,
-    COLUMNS: tl.constexpr, ROWS: tl.constexpr, TURNED: tl.constexpr,
+    sums_ptr, out_ptr, stride_ob, stride_oh, stride_on, stride_od, num_heads, seqlen, width, slabs, across, factor,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """One slab, times a factor, to its rows of a gradient."""
     slab = tl.program_id(0)
@@ -69,33 +68,27 @@ def _unfold_kernel(
     group = slab // across // slabs
     numbers = tl.load(sums_ptr + slab.to(tl.int64) * (ROWS * COLUMNS) + tl.arange(0, ROWS * COLUMNS))
     # From the outermost bits to the innermost: j₅₄₃, i₅₄, i₂₁₀, j₂₁, i₃, j₀.
-    if TURNED:
-        # The sum was made as a matrix of columns × queries.
-        numbers = tl.reshape(numbers, [ROWS // 8, COLUMNS // 16, 8, 4, 2, 2])
-        numbers = tl.reshape(tl.permute(numbers, [0, 3, 5, 1, 4, 2]), [ROWS, COLUMNS])
-    else:
-        numbers = tl.reshape(numbers, [COLUMNS // 8, ROWS // 16, 8, 4, 2, 2])
-        numbers = tl.reshape(tl.permute(numbers, [1, 4, 2, 0, 3, 5]), [ROWS, COLUMNS])
+    numbers = tl.reshape(numbers, [COLUMNS // 8, ROWS // 16, 8, 4, 2, 2])
+    numbers = tl.reshape(tl.permute(numbers, [1, 4, 2, 0, 3, 5]), [ROWS, COLUMNS])
     i = row * ROWS + tl.arange(0, ROWS)
     j = part * COLUMNS + tl.arange(0, COLUMNS)
     out_ptr += (group // num_heads).to(tl.int64) * stride_ob + (group % num_heads).to(tl.int64) * stride_oh
-    ptrs = out_ptr + i.to(tl.int64)[:, None] * stride_on + j[None, :]
+    ptrs = out_ptr + i.to(tl.int64)[:, None] * stride_on + j[None, :] * stride_od
     tl.store(ptrs, (numbers * factor).to(out_ptr.dtype.element_ty), mask=(i < seqlen)[:, None] & (j < width)[None, :])
 
 
-def unfold(sums: Tensor, out: Tensor, factor: float, is_turned: bool = False) -> None:
-    """Write sums, times a factor, to a gradient `[B, H, N, width]` with unit stride in its last dimension.
+def unfold(sums: Tensor, out: Tensor, factor: float) -> None:
+    """Write sums, times a factor, to a gradient `[B, H, N, width]`.
 
     Args:
         sums: as `zeros` makes them, of B·H groups; columns past the width and rows past N are left out.
         out: the gradient.
         factor: what all of them are multiplied by.
-        is_turned: whether the slabs were made as matrices of columns × queries.
     """
     groups, slabs, across, size = sums.shape
     if sums.numel() == 0:
         return
     _unfold_kernel[(groups * slabs * across,)](
-        sums, out, *out.stride()[:3], out.shape[1], out.shape[2], out.shape[3], slabs, across, factor,
-        COLUMNS=size // ROWS, ROWS=ROWS, TURNED=is_turned, num_warps=4,
+        sums, out, *out.stride(), out.shape[1], out.shape[2], out.shape[3], slabs, across, factor,
+        COLUMNS=size // ROWS, ROWS=ROWS, num_warps=4,
     )  # fmt: skip

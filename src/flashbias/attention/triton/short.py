@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashbias.attention.layout import Sharing, cdiv, next_power_of_2
+from flashbias.attention.layout import Sharing, cdiv, common, next_power_of_2
 from flashbias.attention.triton.operands import Operands, multiprocessors, strides_of
 from flashbias.attention.triton.primitives import (
     LN2,
@@ -308,24 +308,14 @@ def _fwd_short_kernel(
 
 def walk_of(ops: Operands) -> Sharing | None:
     """Which windows share all that is added to their scores; None if its parts are shared in different ways."""
-    parts = set()
+    parts = []
     if ops.phi_q is not None:
-        parts |= {ops.sharing_q, ops.sharing_k}
+        parts += [ops.sharing_q, ops.sharing_k]
     if ops.mask is not None:
-        parts.add(ops.sharing_mask)
+        parts.append(ops.sharing_mask)
     if ops.ranks_per_head is not None or (ops.table is not None and ops.table.shape[0] > 1):
-        parts.add(Sharing(1, ops.batch, ops.num_heads, 1))
-    everyone = Sharing(1, ops.num_programs, 1, 1)
-    parts = {part for part in parts if part.groups > 1}
-    return None if len(parts) > 1 else _of_one_head(next(iter(parts), everyone), ops.num_heads)
-
-
-def _of_one_head(sharing: Sharing, num_heads: int) -> Sharing:
-    """The same sharing, apart for each head: then members are equally far from each other."""
-    varying = sharing.v2 * sharing.s2
-    if varying == 1:
-        return Sharing(sharing.v1, sharing.s1 // num_heads, num_heads, 1)
-    return Sharing(sharing.v1, sharing.s1, varying, 1)
+        parts.append(Sharing(1, ops.batch, ops.num_heads, 1))
+    return common(parts, ops.num_programs, ops.num_heads)
 
 
 def fits(ops: Operands) -> bool:

@@ -2,7 +2,10 @@
 
 One tile holds all keys of a row, so delta is a sum over it, and the output of the forward pass is not read:
 
-    u = P dP,   delta = rowsum(u) - dlse,   dS = u - P delta
+    u = P dP,   delta = rowsum(u) / rowsum(P) - dlse,   dS = u - P delta
+
+The rows of P sum to 1 only as well as a large log-sum-exp is rounded; without that sum below, rows of dS would not sum
+to 0 where the bias is large.
 """
 
 # Triton's language is untyped: jitted functions take and return what annotations cannot say.
@@ -207,7 +210,8 @@ def _bwd_short_kernel(
             dp = tl.where(keep, dp / (1.0 - dropout_p), 0.0)
         dv = product(tl.trans(p_dropped.to(do.dtype)), do, None, PRECISION, INTERPRETED)
         u = p * dp
-        delta = tl.sum(u, 1)
+        total = tl.sum(p, 1)
+        delta = tl.sum(u, 1) / tl.where(total == 0.0, 1.0, total)
         if HAS_DLSE:
             delta -= tl.load(dlse_ptr + row + offs_m, mask=inside, other=0.0)
         ds = u - p * delta[:, None]
