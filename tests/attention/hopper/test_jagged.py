@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
+import random
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +21,7 @@ from tests.conftest import INTERPRETED
 from torch import Tensor
 
 import flashbias as fb
-from flashbias.attention.hopper.schedule import Schedule, jagged
+from flashbias.attention.hopper.schedule import OVERHEAD, Band, Schedule, jagged
 
 pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon", reason="this release of triton has no Gluon")
@@ -30,6 +32,9 @@ from triton.runtime.jit import JITFunction
 
 from flashbias.attention.hopper import tiles
 from flashbias.attention.hopper.operands import packed
+
+CAUSAL = Band(0, -1, 0)
+
 
 # -------------------------------------------------------------------- device functions, on the host
 
@@ -50,33 +55,30 @@ def load(pointer: Pointer) -> int:
     return int(pointer.x[pointer.index])
 
 
+class Slots(dict[int, Any]):
+    """Shared memory, slot by slot: what is stored in one is what is loaded from it."""
+
+    def index(self, slot: int) -> SimpleNamespace:
+        return SimpleNamespace(store=lambda x: self.update({slot: x}), load=lambda layout: self[slot])
+
+
 @contextmanager
 def on_host() -> Iterator[SimpleNamespace]:
-    """Functions of `tiles.py` as Python, for the program that this names."""
-    chosen = SimpleNamespace(place=0, count=1)
+    """Functions of `tiles.py` as Python, for the program that this names; tickets are drawn from one counter."""
+    chosen = SimpleNamespace(place=0, count=1, tickets=itertools.count())
     host = SimpleNamespace(
-        load=load,
-        minimum=min,
-        maximum=max,
-        program_id=lambda axis: chosen.place,
-        num_programs=lambda axis: chosen.count,
-    )
+        load=load, minimum=min, maximum=max, where=lambda condition, a, b: a if condition else b,
+        full=lambda shape, x, *rest: x, max=lambda x, axis: x, int32=int, BlockedLayout=lambda *rest: None,
+        program_id=lambda axis: chosen.place, num_programs=lambda axis: chosen.count,
+    )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         for name, function in list(vars(tiles).items()):
             if isinstance(function, JITFunction):
                 patch.setattr(tiles, name, function.fn)
         patch.setattr(tiles, "gl", host)
-        patch.setattr(tiles, "turns_of", turns_of)
+        patch.setattr(tiles, "mbarrier", SimpleNamespace(wait=lambda *_: None, arrive=lambda *_: None))
+        patch.setattr(tiles, "ticket", lambda pointer: next(chosen.tickets))
         yield chosen
-
-
-def turns_of(units: int, alternates: bool) -> int:
-    """As `tiles.turns_of`, whose comparison is cast."""
-    place, count = tiles.gl.program_id(0), tiles.gl.num_programs(0)
-    full = units // count
-    if alternates and full % 2:
-        place = count - 1 - place
-    return full + (place < units % count)
 
 
 @dataclass(frozen=True)
@@ -91,24 +93,48 @@ class Unit:
     diagonal: int
 
 
+class Program:
+    """One program: its loading warp, which claims units, and a warpgroup, which is told."""
+
+    def __init__(self, place: int, batch: tuple[Any, ...], rows: int) -> None:
+        self.place, self.batch, self.rows, self.turn, self.unit = place, batch, rows, 0, 0
+        self.walk = self.told = (-1, 0)
+        self.queue = (None, Slots(), Slots(), Slots())
+
+    def claim(self) -> Unit | None:
+        """The next unit, None after the last."""
+        self.unit, self.walk = tiles.claimed(self.turn, self.walk, self.batch, self.queue, self.rows)
+        heard, self.told = tiles.heard_of(self.turn, self.told, self.batch, self.queue, self.rows)
+        self.turn += 1
+        assert heard == self.unit
+        if self.unit < 0:
+            return None
+        assert self.told == self.walk
+        deal = (0,) * 6  # of batches that are not packed
+        h, own, block, part, queries, keys, diagonal = tiles.place_in_batch(
+            self.unit, self.walk, deal, self.batch, True, False, False
+        )
+        assert own == h and part == -1
+        return Unit(self.walk[0], h, block, queries, keys, diagonal)
+
+
 def units_of(
-    program: SimpleNamespace, plan: Schedule, cu_q: Tensor, cu_k: Tensor, heads: int, rows: int, bottom_right: bool
+    plan: Schedule, cu_q: Tensor, cu_k: Tensor, heads: int, rows: int, bottom_right: bool, seed: int = 0
 ) -> Iterator[Unit]:
-    """All units of all programs."""
-    sequences = len(cu_q) - 1
-    program.count = plan.programs
-    for program.place in range(plan.programs):
-        deal = (plan.units, plan.whole, plan.parts, plan.part_tiles, 0, plan.heads)
-        batch = (Pointer(cu_q), Pointer(cu_k), sequences, heads, int(cu_q[-1]), int(cu_k[-1]), int(bottom_right))
-        units = tiles.units_of(deal, batch, True, rows)
-        assert units <= plan.units
-        walk = (-1, 0)
-        for turn in range(tiles.turns_of(units, plan.alternates)):
-            walk, h, own, block, part, queries, keys, diagonal = tiles.place_in_batch(
-                tiles.unit_of(turn, plan.alternates), walk, deal, batch, True, False, False, rows
-            )
-            assert own == h and part == -1
-            yield Unit(walk[0], h, block, queries, keys, diagonal)
+    """All units of all programs, which get on at any pace."""
+    batch = (Pointer(cu_q), Pointer(cu_k), len(cu_q) - 1, heads, int(cu_q[-1]), int(cu_k[-1]), int(bottom_right))
+    running = [Program(place, batch, rows) for place in range(plan.programs)]
+    pace = random.Random(seed)
+    with on_host() as program:
+        program.count = plan.programs
+        while running:
+            chosen = pace.choice(running)
+            program.place = chosen.place
+            unit = chosen.claim()
+            if unit is None:
+                running.remove(chosen)
+            else:
+                yield unit
 
 
 def starts(lengths: list[int]) -> Tensor:
@@ -123,27 +149,52 @@ class TestUnits:
         rows=st.sampled_from([4, 16, 64]),
         programs=st.integers(1, 9),
         bottom_right=st.booleans(),
+        seed=st.integers(0, 99),
     )
     def test_every_block_of_every_head_is_dealt_once(
-        self, lengths: list[tuple[int, int]], heads: int, rows: int, programs: int, bottom_right: bool
+        self, lengths: list[tuple[int, int]], heads: int, rows: int, programs: int, bottom_right: bool, seed: int
     ) -> None:
+        lengths_q, lengths_k = ([pair[side] for pair in lengths] for side in range(2))
+        cu_q, cu_k = starts(lengths_q), starts(lengths_k)
+        plan = jagged(sum(lengths_q), len(lengths), heads, rows, programs)
+        seen = Counter()
+        for unit in units_of(plan, cu_q, cu_k, heads, rows, bottom_right, seed):
+            seen[unit.sequence, unit.head, unit.block] += 1
+            n, m = lengths[unit.sequence]
+            for cu, total, size, found in (
+                (cu_q, sum(lengths_q), n, unit.queries), (cu_k, sum(lengths_k), m, unit.keys)
+            ):  # fmt: skip
+                assert found == (cu[unit.sequence], size, cu[unit.sequence + 1], total - size)
+            assert unit.diagonal == (m - n if bottom_right else 0)
+        blocks = [
+            (s, h, block) for s, n in enumerate(lengths_q) for h in range(heads) for block in range(-(-n // rows))
+        ]
+        assert seen == Counter(blocks)
+
+    @pytest.mark.parametrize(
+        "lengths", [[2048] * 8, [4096] * 4, [100, 4000, 900, 2500, 50, 3100] * 2, [8000] + [300] * 40]
+    )
+    @pytest.mark.parametrize("heads", [8, 16, 40])
+    def test_programs_are_equally_busy_under_a_causal_mask(self, heads: int, lengths: list[int]) -> None:
+        """Whoever is done first claims the next unit."""
+        rows = keys = 128
+        cu, plan = starts(lengths), jagged(sum(lengths), len(lengths), heads, rows, 132)
+        batch = (Pointer(cu), Pointer(cu), len(lengths), heads, sum(lengths), sum(lengths), 0)
+        running = [(0.0, place, Program(place, batch, rows)) for place in range(plan.programs)]
+        ends, total = [], 0.0
         with on_host() as program:
-            lengths_q, lengths_k = ([pair[side] for pair in lengths] for side in range(2))
-            cu_q, cu_k = starts(lengths_q), starts(lengths_k)
-            plan = jagged(sum(lengths_q), len(lengths), heads, rows, programs)
-            seen = Counter()
-            for unit in units_of(program, plan, cu_q, cu_k, heads, rows, bottom_right):
-                seen[unit.sequence, unit.head, unit.block] += 1
-                n, m = lengths[unit.sequence]
-                for cu, total, size, found in (
-                    (cu_q, sum(lengths_q), n, unit.queries), (cu_k, sum(lengths_k), m, unit.keys)
-                ):  # fmt: skip
-                    assert found == (cu[unit.sequence], size, cu[unit.sequence + 1], total - size)
-                assert unit.diagonal == (m - n if bottom_right else 0)
-            blocks = [
-                (s, h, block) for s, n in enumerate(lengths_q) for h in range(heads) for block in range(-(-n // rows))
-            ]
-            assert seen == Counter(blocks)
+            program.count = plan.programs
+            while running:
+                time, place, chosen = heapq.heappop(running)
+                program.place = place
+                unit = chosen.claim()
+                if unit is None:
+                    ends.append(time)
+                    continue
+                cost = OVERHEAD + CAUSAL.key_tiles(unit.block * rows, rows, keys, lengths[unit.sequence])
+                total += cost
+                heapq.heappush(running, (time + cost, place, chosen))
+        assert max(ends) <= 1.06 * total / plan.programs
 
 
 # -------------------------------------------------------------------- boxes, on the host
@@ -251,9 +302,7 @@ def test_attention_by_these_boxes(options: dict[str, Any], kv_heads: int, head_d
         )
         q_desc, k_desc, v_desc, o_desc = (packed(x.transpose(0, 1)[None], size, width) for x, size, width in boxes)
         plan = jagged(sum(lengths_q), len(lengths_q), heads, rows, 5)
-        with on_host() as program:
-            units = list(units_of(program, plan, cu_q, cu_k, heads, rows, bottom_right))
-        for unit in units:
+        for unit in list(units_of(plan, cu_q, cu_k, heads, rows, bottom_right)):
             start_m, h, own = unit.block * rows, unit.head, unit.keys[1]
             with on_host():
                 lo, full_lo, full_hi, hi = tiles.key_tiles(

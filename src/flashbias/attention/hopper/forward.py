@@ -26,14 +26,15 @@ from flashbias.attention.hopper.operands import HALF_BYTES, HopperOperands, Shap
 from flashbias.attention.hopper.schedule import Band, Schedule, banded, jagged, unbanded
 from flashbias.attention.hopper.scores import centring_of, first_terms, masked, softmax, tile_offset
 from flashbias.attention.hopper.tiles import (
+    LANES,
     ROWS,
+    claimed,
+    dealt,
+    heard_of,
     key_tiles,
     owner_of,
     part_of,
     place_in_batch,
-    turns_of,
-    unit_of,
-    units_of,
 )
 from flashbias.attention.layout import cdiv
 from flashbias.attention.triton.assembler import soundly_assembled
@@ -43,7 +44,7 @@ from flashbias.attention.triton.primitives import LN2, LOG2E
 
 @jit
 def _produce(
-    descriptors, buffers, barriers, deal, batch, group, left, right, owners_q, owners_k,
+    descriptors, buffers, barriers, queue, deal, batch, group, left, right, owners_q, owners_k,
     IS_VARLEN: gl.constexpr, IS_SPLIT: gl.constexpr, ALTERNATES: gl.constexpr, HAS_LEFT: gl.constexpr,
     HAS_RIGHT: gl.constexpr, HAS_PHI: gl.constexpr, CONSUMERS: gl.constexpr, Q_STAGES: gl.constexpr,
     STAGES: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr,
@@ -57,11 +58,16 @@ def _produce(
     q_smem, k_smem, v_smem, pq_smem, pk_smem = buffers
     q_full, q_empty, k_full, v_full, empty = barriers
     step = 0
+    turn = 0
     walk = (-1, 0)
-    units = units_of(deal, batch, IS_VARLEN, BLOCK_M)
-    for turn in range(turns_of(units, ALTERNATES)):
-        walk, h, bh, block, part, queries, keys, diagonal = place_in_batch(
-            unit_of(turn, ALTERNATES), walk, deal, batch, IS_VARLEN, IS_SPLIT, HAS_LEFT or HAS_RIGHT, BLOCK_M
+    unit = 0
+    if IS_VARLEN:
+        unit, walk = claimed(turn, walk, batch, queue, BLOCK_M)
+    else:
+        unit = dealt(turn, deal, ALTERNATES)
+    while unit >= 0:
+        h, bh, block, part, queries, keys, diagonal = place_in_batch(
+            unit, walk, deal, batch, IS_VARLEN, IS_SPLIT, HAS_LEFT or HAS_RIGHT
         )
         base_q = queries[0]
         b_q = queries[2]
@@ -95,6 +101,11 @@ def _produce(
             mbarrier.expect(v_full.index(stage), v_bytes)
             load(v_desc, [b_k, h // group, row_k + start_n, 0], v_full.index(stage), v_smem.index(stage))
             step += 1
+        turn += 1
+        if IS_VARLEN:
+            unit, walk = claimed(turn, walk, batch, queue, BLOCK_M)
+        else:
+            unit = dealt(turn, deal, ALTERNATES)
 
 
 @jit
@@ -188,7 +199,7 @@ def _store_rows(acc, lse, o_desc, o_smem, lse_ptr, queries, h, start_m, BLOCK_DV
 @jit
 def _consume(
     w: gl.constexpr, o_desc, lse_ptr, part_ptr, part_lse_ptr, table, codes, terms, centring, buffers, o_smem, barriers,
-    order, deal, batch, left, right, qk_scale,
+    order, queue, deal, batch, left, right, qk_scale,
     IS_VARLEN: gl.constexpr, IS_SPLIT: gl.constexpr, ALTERNATES: gl.constexpr, HAS_LEFT: gl.constexpr,
     HAS_RIGHT: gl.constexpr, HAS_EDGE: gl.constexpr, HAS_PHI: gl.constexpr, HAS_TABLE: gl.constexpr,
     HAS_CODES: gl.constexpr, HAS_TERMS: gl.constexpr, RANK: gl.constexpr, ORDERED: gl.constexpr,
@@ -212,12 +223,16 @@ def _consume(
     whole = deal[1]
     seqlen_q = batch[4]
     step = 0
+    turn = 0
     walk = (-1, 0)
-    units = units_of(deal, batch, IS_VARLEN, BLOCK_M)
-    for turn in range(turns_of(units, ALTERNATES)):
-        unit = unit_of(turn, ALTERNATES)
-        walk, h, bh, block, part, queries, keys, diagonal = place_in_batch(
-            unit, walk, deal, batch, IS_VARLEN, IS_SPLIT, HAS_LEFT or HAS_RIGHT, BLOCK_M
+    unit = 0
+    if IS_VARLEN:
+        unit, walk = heard_of(turn, walk, batch, queue, BLOCK_M)
+    else:
+        unit = dealt(turn, deal, ALTERNATES)
+    while unit >= 0:
+        h, bh, block, part, queries, keys, diagonal = place_in_batch(
+            unit, walk, deal, batch, IS_VARLEN, IS_SPLIT, HAS_LEFT or HAS_RIGHT
         )
         base_q = queries[0]
         own_q = queries[1]
@@ -341,6 +356,11 @@ def _consume(
         if O_IN_Q and Q_STAGES == 1:
             store_wait(0)
             mbarrier.arrive(q_empty.index(place))
+        turn += 1
+        if IS_VARLEN:
+            unit, walk = heard_of(turn, walk, batch, queue, BLOCK_M)
+        else:
+            unit = dealt(turn, deal, ALTERNATES)
     store_wait(0)
 
 
@@ -354,7 +374,7 @@ def _consume(
 )  # fmt: skip
 def _fwd_kernel(
     q_desc, k_desc, v_desc, o_desc, pq_desc, pk_desc, lse_ptr, part_ptr, part_lse_ptr, table_ptr, code_q_ptr,
-    code_k_ptr, terms_ptr, phi_q_ptr, centre_ptr, cu_q_ptr, cu_k_ptr,
+    code_k_ptr, terms_ptr, phi_q_ptr, centre_ptr, cu_q_ptr, cu_k_ptr, counter_ptr,
     units, whole, parts, part_tiles, heads, pairs, num_blocks, num_heads, group, seqlen_q, seqlen_k, shift, left, right,
     scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, stride_table, half, stride_terms, mask_s1, mask_v2,
     mask_s2, stride_pf, stride_pn, stride_pr, stride_c, references,
@@ -393,6 +413,16 @@ def _fwd_kernel(
         mbarrier.init(k_full.index(stage), count=1)
         mbarrier.init(v_full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=CONSUMERS)
+    queue = (counter_ptr, order, order, order)
+    if IS_VARLEN:
+        # Which unit comes next, as the loading warp tells the others.
+        unit_smem = gl.allocate_shared_memory(gl.int32, [2, LANES], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        told = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        heard = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        for slot in gl.static_range(2):
+            mbarrier.init(told.index(slot), count=1)
+            mbarrier.init(heard.index(slot), count=CONSUMERS)
+        queue = (counter_ptr, unit_smem, told, heard)
     fence_async_shared()
     qk_scale = scale * LOG2E
     # Numbers, addresses and buffers go to the partitions in groups, constants one by one.
@@ -411,16 +441,16 @@ def _fwd_kernel(
         gl.warp_specialize(
             [
                 (_consume, (0, o_desc, lse_ptr, part_ptr, part_lse_ptr, table, codes, terms, centring, buffers, o_smem,
-                            barriers, order, deal, batch, left, right, qk_scale, IS_VARLEN, IS_SPLIT, ALTERNATES,
+                            barriers, order, queue, deal, batch, left, right, qk_scale, IS_VARLEN, IS_SPLIT, ALTERNATES,
                             HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, HAS_TABLE, HAS_CODES, HAS_TERMS, RANK, ORDERED,
                             CONSUMERS, Q_STAGES, STAGES, TAIL, O_IN_Q, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, q_layout,
                             k_layout, v_layout, pq_layout, pk_layout, o_layout)),
                 (_consume, (1, o_desc, lse_ptr, part_ptr, part_lse_ptr, table, codes, terms, centring, buffers, o_smem,
-                            barriers, order, deal, batch, left, right, qk_scale, IS_VARLEN, IS_SPLIT, ALTERNATES,
+                            barriers, order, queue, deal, batch, left, right, qk_scale, IS_VARLEN, IS_SPLIT, ALTERNATES,
                             HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, HAS_TABLE, HAS_CODES, HAS_TERMS, RANK, ORDERED,
                             CONSUMERS, Q_STAGES, STAGES, TAIL, O_IN_Q, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, q_layout,
                             k_layout, v_layout, pq_layout, pk_layout, o_layout)),
-                (_produce, (descriptors, buffers, barriers, deal, batch, group, left, right, owners_q, owners_k,
+                (_produce, (descriptors, buffers, barriers, queue, deal, batch, group, left, right, owners_q, owners_k,
                             IS_VARLEN, IS_SPLIT, ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_PHI, CONSUMERS, Q_STAGES, STAGES,
                             BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R)),
             ],
@@ -431,21 +461,21 @@ def _fwd_kernel(
         gl.warp_specialize(
             [
                 (_consume, (0, o_desc, lse_ptr, part_ptr, part_lse_ptr, table, codes, terms, centring, buffers, o_smem,
-                            barriers, order, deal, batch, left, right, qk_scale, IS_VARLEN, IS_SPLIT, ALTERNATES,
+                            barriers, order, queue, deal, batch, left, right, qk_scale, IS_VARLEN, IS_SPLIT, ALTERNATES,
                             HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, HAS_TABLE, HAS_CODES, HAS_TERMS, RANK, ORDERED,
                             CONSUMERS, Q_STAGES, STAGES, TAIL, O_IN_Q, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, q_layout,
                             k_layout, v_layout, pq_layout, pk_layout, o_layout)),
                 (_consume, (1, o_desc, lse_ptr, part_ptr, part_lse_ptr, table, codes, terms, centring, buffers, o_smem,
-                            barriers, order, deal, batch, left, right, qk_scale, IS_VARLEN, IS_SPLIT, ALTERNATES,
+                            barriers, order, queue, deal, batch, left, right, qk_scale, IS_VARLEN, IS_SPLIT, ALTERNATES,
                             HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, HAS_TABLE, HAS_CODES, HAS_TERMS, RANK, ORDERED,
                             CONSUMERS, Q_STAGES, STAGES, TAIL, O_IN_Q, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, q_layout,
                             k_layout, v_layout, pq_layout, pk_layout, o_layout)),
                 (_consume, (2, o_desc, lse_ptr, part_ptr, part_lse_ptr, table, codes, terms, centring, buffers, o_smem,
-                            barriers, order, deal, batch, left, right, qk_scale, IS_VARLEN, IS_SPLIT, ALTERNATES,
+                            barriers, order, queue, deal, batch, left, right, qk_scale, IS_VARLEN, IS_SPLIT, ALTERNATES,
                             HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, HAS_TABLE, HAS_CODES, HAS_TERMS, RANK, ORDERED,
                             CONSUMERS, Q_STAGES, STAGES, TAIL, O_IN_Q, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, q_layout,
                             k_layout, v_layout, pq_layout, pk_layout, o_layout)),
-                (_produce, (descriptors, buffers, barriers, deal, batch, group, left, right, owners_q, owners_k,
+                (_produce, (descriptors, buffers, barriers, queue, deal, batch, group, left, right, owners_q, owners_k,
                             IS_VARLEN, IS_SPLIT, ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_PHI, CONSUMERS, Q_STAGES, STAGES,
                             BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R)),
             ],
@@ -469,6 +499,7 @@ def launch_as(config: Config, ops: HopperOperands, out: torch.Tensor, lse: torch
     rows, keys, factors = ROWS.value, config.block_n, ops.factors
     schedule, numbers, constants = _plan(config, ops.shape, multiprocessors(ops.q.device))
     terms = ops.key_terms(keys)
+    counter = torch.zeros(1, dtype=torch.int32, device=lse.device) if ops.is_varlen else None
     out_flat = ops.flat(out)
     described = packed if ops.is_varlen else descriptor
     q = described(ops.q, rows, ops.block_d)
@@ -483,7 +514,7 @@ def launch_as(config: Config, ops: HopperOperands, out: torch.Tensor, lse: torch
         parts_lse = lse.new_empty(parts.shape[:2])
     _fwd_kernel[(schedule.programs,)](
         q, k, v, o, pq, pk, lse, parts, parts_lse, *_or(lse, ops.table_over_scale, ops.code_q, ops.code_k, terms),
-        *_or(lse, ops.centring.phi_q, ops.centring.centres, ops.cu_seqlens_q, ops.cu_seqlens_k),
+        *_or(lse, ops.centring.phi_q, ops.centring.centres, ops.cu_seqlens_q, ops.cu_seqlens_k, counter),
         *numbers, ops.scale, *ops.sharing_q.sizes, *ops.sharing_k.sizes, *ops.table_sizes,
         0 if terms is None else terms.stride(0), *ops.sharing_mask.sizes, *ops.centring.sizes,
         q_layout=matrix(q), k_layout=matrix(k), v_layout=matrix(v), pq_layout=matrix(pq), pk_layout=matrix(pk),

@@ -167,12 +167,10 @@ def banded(
     return best
 
 
-@functools.lru_cache(maxsize=1024)
 def jagged(tokens: int, sequences: int, heads: int, rows: int, programs: int) -> Schedule:
-    """Deal the blocks of a packed batch, whose lengths the host does not know; the kernel counts its units.
+    """Deal the blocks of a packed batch, whose lengths the host does not know: each program claims one after the other.
 
-    All heads of a block are dealt one after the other, sequence by sequence. Neighbours cost nearly the same then, and
-    odd turns, which are dealt backwards, even out what is left.
+    All heads of a block come one after the other, sequence by sequence, so that what they read stays in the cache.
 
     Args:
         tokens: queries of all sequences.
@@ -185,7 +183,7 @@ def jagged(tokens: int, sequences: int, heads: int, rows: int, programs: int) ->
         A schedule of as many units as there can be.
     """
     units = (tokens // rows + sequences) * heads
-    return Schedule(min(units, programs), units, units, alternates=True)
+    return Schedule(min(units, programs), units, units)
 
 
 def _dealt(lengths: np.ndarray, pairs: int, heads: int) -> np.ndarray:

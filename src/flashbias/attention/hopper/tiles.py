@@ -1,13 +1,25 @@
-"""Where a program's tiles lie: arithmetic on the device that producers and consumers share; see `schedule.py`."""
+"""Where a program's tiles lie: arithmetic on the device that producers and consumers share; see `schedule.py`.
+
+What it is about is handed on in groups:
+
+- `deal`: units, whole ones, parts, tiles of keys of a part, blocks of queries of a pair, pairs that are dealt together;
+- `batch`: starts of packed queries and of packed keys, pairs or packed sequences, heads, queries, keys, shift of the
+  diagonal (of packed ones whether their ends are aligned);
+- `queue`: the counter from which programs draw units of a packed batch, and how the loading warp tells the others: two
+  slots of shared memory, with barriers for what has been told and heard.
+"""
 
 # Gluon is untyped: jitted functions take and return what annotations cannot say.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportReturnType=false
 # pyright: reportAssignmentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
 
-from flashbias.attention.hopper.gluon import gl, jit
+from flashbias.attention.hopper.gluon import gl, jit, mbarrier
 
 ROWS = gl.constexpr(64)
 """Queries of a warpgroup."""
+
+LANES = gl.constexpr(32)
+"""Threads of a warp."""
 
 
 @jit
@@ -70,32 +82,77 @@ def blocks_of(cu_ptr, sequence, BLOCK_M: gl.constexpr):
 
 
 @jit
-def units_of(deal, batch, IS_VARLEN: gl.constexpr, BLOCK_M: gl.constexpr):
-    """Units of all programs; of a packed batch they are counted here, since the host does not know its lengths.
+def seek(cu_ptr, sequences, tile, walk, BLOCK_M: gl.constexpr):
+    """Go on to the sequence that holds a tile, and to the end of its tiles; past the last one where none does.
 
-    Which units there are is in `deal`: numbers of a `Schedule` (units, whole, parts, tiles of a part), blocks of
-    queries of a pair, pairs that are dealt together. What they are units of is in `batch`: starts of packed queries and
-    keys, pairs or packed sequences, heads, queries, keys, shift.
+    Tiles of a program only grow, so that it goes along the sequences once.
     """
-    units = deal[0]
-    if IS_VARLEN:
-        cu_ptr = batch[0]
-        sequences = batch[2]
-        num_heads = batch[3]
-        blocks = 0
-        for sequence in range(sequences):
-            blocks += blocks_of(cu_ptr, sequence, BLOCK_M)
-        units = blocks * num_heads
-    return units
+    sequence, end = walk
+    while (tile >= end) & (sequence < sequences):
+        sequence += 1
+        if sequence < sequences:
+            end += blocks_of(cu_ptr, sequence, BLOCK_M)
+    return sequence, end
 
 
 @jit
-def seek(cu_ptr, tile, sequence, end, BLOCK_M: gl.constexpr):
-    """Go on to the sequence that holds a tile, and to the end of its tiles; those of a program only grow."""
-    while tile >= end:
-        sequence += 1
-        end += blocks_of(cu_ptr, sequence, BLOCK_M)
-    return sequence, end
+def dealt(turn, deal, ALTERNATES: gl.constexpr):
+    """Unit that this program takes in a turn, -1 after its last one."""
+    unit = unit_of(turn, ALTERNATES)
+    return gl.where(unit < deal[0], unit, -1)
+
+
+@jit
+def ticket(counter_ptr):
+    """Draw the next number, in one warp.
+
+    One lane draws it and the others add nothing. (Triton 3.6 cannot compile addresses as a tensor in a single warp.)
+    """
+    lane = gl.arange(0, LANES, gl.BlockedLayout([1], [LANES], [1], [0]))
+    numbers = gl.inline_asm_elementwise(
+        """{
+        .reg .pred is_first;
+        setp.eq.s32 is_first, $2, 0;
+        mov.u32 $0, 0;
+        @is_first atom.relaxed.gpu.global.add.u32 $0, [$1], 1;
+        }""",
+        "=r,l,r",
+        [counter_ptr.to(gl.int64) + lane.to(gl.int64) * 0, lane],
+        gl.int32,
+        False,
+        1,
+    )
+    return gl.sum(numbers, 0)
+
+
+@jit
+def claimed(turn, walk, batch, queue, BLOCK_M: gl.constexpr):
+    """The next unit of a packed batch that no program has taken, -1 where none is left; told to the other warps.
+
+    Nobody knows how many there are: the walk along the sequences ends at the last one.
+    """
+    counter_ptr, unit_smem, told, heard = queue
+    unit = gl.program_id(0)
+    if turn > 0:
+        unit = gl.num_programs(0) + ticket(counter_ptr)
+    sequence, end = seek(batch[0], batch[2], unit // batch[3], walk, BLOCK_M)
+    unit = gl.where(sequence < batch[2], unit, -1)
+    slot = turn % 2
+    mbarrier.wait(heard.index(slot), ((turn // 2) & 1) ^ 1)
+    unit_smem.index(slot).store(gl.full([LANES], unit, gl.int32, gl.BlockedLayout([1], [LANES], [1], [0])))
+    mbarrier.arrive(told.index(slot))
+    return unit, (sequence, end)
+
+
+@jit
+def heard_of(turn, walk, batch, queue, BLOCK_M: gl.constexpr):
+    """As `claimed`, for the warps that are told."""
+    _, unit_smem, told, heard = queue
+    slot = turn % 2
+    mbarrier.wait(told.index(slot), (turn // 2) & 1)
+    unit = gl.max(unit_smem.index(slot).load(gl.BlockedLayout([1], [LANES], [4], [0])), 0)
+    mbarrier.arrive(heard.index(slot))
+    return unit, seek(batch[0], batch[2], gl.maximum(unit, 0) // batch[3], walk, BLOCK_M)
 
 
 @jit
@@ -110,29 +167,23 @@ def rows_of(cu_ptr, sequence, total):
 
 
 @jit
-def place_in_batch(
-    unit, walk, deal, batch, IS_VARLEN: gl.constexpr, IS_SPLIT: gl.constexpr, IS_BANDED: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-):  # fmt: skip
-    """Where a unit lies.
+def place_in_batch(unit, walk, deal, batch, IS_VARLEN: gl.constexpr, IS_SPLIT: gl.constexpr, IS_BANDED: gl.constexpr):
+    """Where a unit lies; in a packed batch `walk` has come to its sequence.
 
-    How far a walk over the sequences has come; head, index among the factors' owners, block of queries, part of the
-    keys; of queries and of keys start, length, and what the copy engine takes for a batch element and its first row;
-    shift of the diagonal.
+    Head, index among the factors' owners, block of queries, part of the keys; of queries and of keys start, length, and
+    what the copy engine takes for a batch element and its first row; shift of the diagonal.
     """
     cu_q_ptr, cu_k_ptr, pairs, num_heads, seqlen_q, seqlen_k, shift = batch
     if IS_VARLEN:
         # All heads of a block come together; the last block of a sequence, under a causal mask the longest, is first.
-        tile = unit // num_heads
         h = unit % num_heads
         sequence, end = walk
-        sequence, end = seek(cu_q_ptr, tile, sequence, end, BLOCK_M)
         queries = rows_of(cu_q_ptr, sequence, seqlen_q)
         keys = rows_of(cu_k_ptr, sequence, seqlen_k)
-        return (sequence, end), h, h, end - 1 - tile, -1, queries, keys, shift * (keys[1] - queries[1])
+        return h, h, end - 1 - unit // num_heads, -1, queries, keys, shift * (keys[1] - queries[1])
     else:
         b, h, bh, block, part = tile_of(unit, deal[1], deal[2], deal[4], num_heads, pairs, deal[5], IS_SPLIT, IS_BANDED)
-        return walk, h, bh, block, part, (0, seqlen_q, b, 0), (0, seqlen_k, b, 0), shift
+        return h, bh, block, part, (0, seqlen_q, b, 0), (0, seqlen_k, b, 0), shift
 
 
 @jit
