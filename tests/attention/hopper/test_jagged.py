@@ -31,7 +31,7 @@ if INTERPRETED:
 from triton.runtime.jit import JITFunction
 
 from flashbias.attention.hopper import tiles
-from flashbias.attention.hopper.operands import packed
+from flashbias.attention.hopper.operands import FAR, packed
 
 CAUSAL = Band(0, -1, 0)
 
@@ -76,6 +76,7 @@ def on_host() -> Iterator[SimpleNamespace]:
             if isinstance(function, JITFunction):
                 patch.setattr(tiles, name, function.fn)
         patch.setattr(tiles, "gl", host)
+        patch.setattr(tiles, "FAR", FAR)
         patch.setattr(tiles, "mbarrier", SimpleNamespace(wait=lambda *_: None, arrive=lambda *_: None))
         patch.setattr(tiles, "ticket", lambda pointer: next(chosen.tickets))
         yield chosen
@@ -161,10 +162,10 @@ class TestUnits:
         for unit in units_of(plan, cu_q, cu_k, heads, rows, bottom_right, seed):
             seen[unit.sequence, unit.head, unit.block] += 1
             n, m = lengths[unit.sequence]
-            for cu, total, size, found in (
-                (cu_q, sum(lengths_q), n, unit.queries), (cu_k, sum(lengths_k), m, unit.keys)
+            for cu, size, found in (
+                (cu_q, n, unit.queries), (cu_k, m, unit.keys)
             ):  # fmt: skip
-                assert found == (cu[unit.sequence], size, cu[unit.sequence + 1], total - size)
+                assert found == (cu[unit.sequence], size, cu[unit.sequence + 1], FAR - size)
             assert unit.diagonal == (m - n if bottom_right else 0)
         blocks = [
             (s, h, block) for s, n in enumerate(lengths_q) for h in range(heads) for block in range(-(-n // rows))
@@ -203,7 +204,7 @@ class TestUnits:
 def addresses(descriptor: Any, corner: list[int]) -> tuple[Tensor, Tensor]:
     """Of each element of a box: its address, and whether the copy engine touches it."""
     address, inside = torch.tensor(descriptor.base.data_ptr()), torch.tensor(True)
-    size = descriptor.base.x.element_size()
+    size = descriptor.base.element_size()
     for axis, (first, count) in enumerate(zip(corner, descriptor.block_shape, strict=True)):
         shape = [-1 if other == axis else 1 for other in range(len(corner))]
         place = (first + torch.arange(count)).reshape(shape)
@@ -215,7 +216,7 @@ def addresses(descriptor: Any, corner: list[int]) -> tuple[Tensor, Tensor]:
 def elements(descriptor: Any, corner: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Of a box, as a matrix: where its elements lie in the storage, those that exist, and the storage."""
     address, inside = addresses(descriptor, corner)
-    x = descriptor.base.x
+    x = descriptor.base
     storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
     index = (address - storage.data_ptr()) // x.element_size()
     assert ((index >= 0) & (index < len(storage)))[inside].all(), "outside of the storage"
@@ -238,8 +239,8 @@ def write(descriptor: Any, corner: list[int], rows: Tensor) -> None:
 @pytest.mark.parametrize("heads", [1, 3])
 def test_boxes_end_where_a_sequence_ends(heads: int, order: str) -> None:
     lengths = [5, 0, 33, 1, 16, 40]
-    cu, total, width = starts(lengths), sum(lengths), 24
-    x = torch.randn(total, heads, 2 * width).bfloat16()[..., :width]
+    cu, width = starts(lengths), 24
+    x = torch.randn(sum(lengths), heads, 2 * width).bfloat16()[..., :width]
     x = {"tokens first": x.contiguous(), "heads first": x.transpose(0, 1).contiguous().transpose(0, 1), "sliced": x}[
         order
     ]
@@ -247,7 +248,7 @@ def test_boxes_end_where_a_sequence_ends(heads: int, order: str) -> None:
     for (s, n), h in itertools.product(enumerate(lengths), range(heads)):
         own = x[cu[s] : cu[s + 1], h]
         for first in range(0, n + 32, 16):
-            found = read(descriptor, [int(cu[s + 1]), h, total - n + first, 0])
+            found = read(descriptor, [FAR, int(cu[s + 1]), h, FAR - n + first, 0])
             expected = torch.zeros(16, 32).bfloat16()
             rows = own[first : first + 16]
             expected[: len(rows), :width] = rows
@@ -258,7 +259,7 @@ def test_a_batch_of_one_token() -> None:
     x = torch.randn(1, 2, 16).bfloat16()
     descriptor = packed(x.transpose(0, 1)[None], 16, 16)
     for h in range(2):
-        found = read(descriptor, [1, h, 0, 0])
+        found = read(descriptor, [FAR, 1, h, FAR - 1, 0])
         assert torch.equal(found[0], x[0, h])
         assert (found[1:] == 0).all()
 
@@ -309,9 +310,9 @@ def test_attention_by_these_boxes(options: dict[str, Any], kv_heads: int, head_d
                     start_m, own, unit.diagonal, left, right, left >= 0, right >= 0, rows, keys_of_tile
                 )
             places = [
-                [unit.keys[2], h // (heads // kv_heads), unit.keys[3] + n * keys_of_tile, 0] for n in range(lo, hi)
+                [FAR, unit.keys[2], h // (heads // kv_heads), unit.keys[3] + n * keys_of_tile, 0] for n in range(lo, hi)
             ]
-            queries = read(q_desc, [unit.queries[2], h, unit.queries[3] + start_m, 0])
+            queries = read(q_desc, [FAR, unit.queries[2], h, unit.queries[3] + start_m, 0])
             own_keys, values = (torch.cat([read(x, place) for place in places]) for x in (k_desc, v_desc))
             i = start_m + torch.arange(rows)[:, None] + unit.diagonal
             j = lo * keys_of_tile + torch.arange(len(own_keys))
@@ -326,7 +327,7 @@ def test_attention_by_these_boxes(options: dict[str, Any], kv_heads: int, head_d
             scores = (queries @ own_keys.mT * head_dim**-0.5).masked_fill(~keep, -math.inf)
             weights = (scores - scores.amax(-1, keepdim=True).clamp(min=-1e30)).exp()
             sums = weights.sum(-1, keepdim=True)
-            write(o_desc, [unit.queries[2], h, unit.queries[3] + start_m, 0],
+            write(o_desc, [FAR, unit.queries[2], h, unit.queries[3] + start_m, 0],
                   weights @ values / torch.where(sums == 0, 1.0, sums))  # fmt: skip
         others = torch.ones(len(out), dtype=torch.bool)
         others[own_q] = False

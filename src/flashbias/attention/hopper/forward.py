@@ -16,7 +16,6 @@ from flashbias.attention.hopper.gluon import (
     jit,
     load,
     mbarrier,
-    store,
     store_wait,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -28,13 +27,16 @@ from flashbias.attention.hopper.scores import centring_of, first_terms, masked, 
 from flashbias.attention.hopper.tiles import (
     LANES,
     ROWS,
+    boxes,
     claimed,
     dealt,
     heard_of,
     key_tiles,
+    load_rows,
     owner_of,
     part_of,
     place_in_batch,
+    store_rows,
 )
 from flashbias.attention.layout import cdiv
 from flashbias.attention.triton.assembler import soundly_assembled
@@ -85,7 +87,7 @@ def _produce(
             place = w * Q_STAGES + turn % Q_STAGES
             mbarrier.wait(q_empty.index(place), ((turn // Q_STAGES) & 1) ^ 1)
             mbarrier.expect(q_full.index(place), q_bytes)
-            load(q_desc, [b_q, h, row_q + start_m + w * ROWS, 0], q_full.index(place), q_smem.index(place))
+            load_rows(q_desc, b_q, h, row_q + start_m + w * ROWS, q_full.index(place), q_smem.index(place), IS_VARLEN)
             if HAS_PHI:
                 load(pq_desc, [f_q, base_q + start_m + w * ROWS, 0], q_full.index(place), pq_smem.index(place))
         for n in range(hi - lo):
@@ -93,13 +95,13 @@ def _produce(
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
             mbarrier.expect(k_full.index(stage), k_bytes)
-            load(k_desc, [b_k, h // group, row_k + start_n, 0], k_full.index(stage), k_smem.index(stage))
+            load_rows(k_desc, b_k, h // group, row_k + start_n, k_full.index(stage), k_smem.index(stage), IS_VARLEN)
             if HAS_PHI:
                 load(pk_desc, [f_k, base_k + start_n, 0], k_full.index(stage), pk_smem.index(stage))
             # A step frees its keys and the values of the step before.
             mbarrier.wait(empty.index((step + 1) % STAGES), (((step + 1) // STAGES) & 1) ^ 1)
             mbarrier.expect(v_full.index(stage), v_bytes)
-            load(v_desc, [b_k, h // group, row_k + start_n, 0], v_full.index(stage), v_smem.index(stage))
+            load_rows(v_desc, b_k, h // group, row_k + start_n, v_full.index(stage), v_smem.index(stage), IS_VARLEN)
             step += 1
         turn += 1
         if IS_VARLEN:
@@ -183,15 +185,16 @@ def _step(acc, p, m_i, l_i, step, start_n, q, pq, q_full, q_phase, k_smem, v_sme
 
 
 @jit
-def _store_rows(acc, lse, o_desc, o_smem, lse_ptr, queries, h, start_m, BLOCK_DV: gl.constexpr, O_IN_Q: gl.constexpr,
-                o_smem_layout: gl.constexpr, rows: gl.constexpr):  # fmt: skip
+def _store_rows(acc, lse, o_desc, o_smem, lse_ptr, queries, h, start_m, IS_VARLEN: gl.constexpr,
+                BLOCK_DV: gl.constexpr, O_IN_Q: gl.constexpr, o_smem_layout: gl.constexpr,
+                rows: gl.constexpr):  # fmt: skip
     """Write the output through shared memory, and the log-sum-exp."""
     base_q, own_q, b_q, row_q = queries
     if not O_IN_Q:
         store_wait(0)
     o_smem._reinterpret(o_smem.dtype, [ROWS, BLOCK_DV], o_smem_layout).store(acc.to(o_smem.dtype))
     fence_async_shared()
-    store(o_desc, [b_q, h, row_q + start_m, 0], o_smem)
+    store_rows(o_desc, b_q, h, row_q + start_m, o_smem, IS_VARLEN)
     i = start_m + gl.arange(0, ROWS, rows)
     gl.store(lse_ptr + base_q + i, lse, mask=i < own_q)
 
@@ -338,7 +341,10 @@ def _consume(
             lse = (m_i + gl.log2(l_i)) * LN2
         acc = acc * gl.convert_layout(1.0 / l_safe, gl.SliceLayout(1, o_layout))[:, None]
         if O_IN_Q:
-            o_rows = q_smem.index(place)._reinterpret(o_smem.dtype, [1, 1, ROWS, BLOCK_DV], o_desc.layout)
+            if IS_VARLEN:
+                o_rows = q_smem.index(place)._reinterpret(o_smem.dtype, [1, 1, 1, ROWS, BLOCK_DV], o_desc.layout)
+            else:
+                o_rows = q_smem.index(place)._reinterpret(o_smem.dtype, [1, 1, ROWS, BLOCK_DV], o_desc.layout)
         else:
             o_rows = o_smem.index(w)
         if IS_SPLIT:
@@ -348,11 +354,11 @@ def _consume(
                 gl.store(part_ptr + row[:, None] * BLOCK_DV + column[None, :], acc)
                 gl.store(part_lse_ptr + (unit - whole) * BLOCK_M + w * ROWS + gl.arange(0, ROWS, rows), lse)
             else:
-                _store_rows(acc, lse, o_desc, o_rows, own_lse, queries, h, start_m, BLOCK_DV, O_IN_Q, o_smem_layout,
-                            rows)  # fmt: skip
+                _store_rows(acc, lse, o_desc, o_rows, own_lse, queries, h, start_m, IS_VARLEN, BLOCK_DV, O_IN_Q,
+                            o_smem_layout, rows)  # fmt: skip
         else:
-            _store_rows(acc, lse, o_desc, o_rows, own_lse, queries, h, start_m, BLOCK_DV, O_IN_Q, o_smem_layout,
-                        rows)  # fmt: skip
+            _store_rows(acc, lse, o_desc, o_rows, own_lse, queries, h, start_m, IS_VARLEN, BLOCK_DV, O_IN_Q,
+                        o_smem_layout, rows)  # fmt: skip
         if O_IN_Q and Q_STAGES == 1:
             store_wait(0)
             mbarrier.arrive(q_empty.index(place))
@@ -387,12 +393,12 @@ def _fwd_kernel(
     pq_layout: gl.constexpr, pk_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp; a program takes tile after tile of 64 * CONSUMERS queries of one (batch, head)."""
-    q_smem = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS * Q_STAGES, 1, 1, ROWS, BLOCK_D], q_desc.layout)
-    k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_D], k_desc.layout)
-    v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_DV], v_desc.layout)
+    q_smem = boxes(q_desc, CONSUMERS * Q_STAGES, ROWS, BLOCK_D, IS_VARLEN)
+    k_smem = boxes(k_desc, STAGES, BLOCK_N, BLOCK_D, IS_VARLEN)
+    v_smem = boxes(v_desc, STAGES, BLOCK_N, BLOCK_DV, IS_VARLEN)
     o_smem = q_smem
     if not O_IN_Q:
-        o_smem = gl.allocate_shared_memory(o_desc.dtype, [CONSUMERS, 1, 1, ROWS, BLOCK_DV], o_desc.layout)
+        o_smem = boxes(o_desc, CONSUMERS, ROWS, BLOCK_DV, IS_VARLEN)
     pq_smem = q_smem
     pk_smem = k_smem
     if HAS_PHI:

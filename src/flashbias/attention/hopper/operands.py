@@ -18,6 +18,7 @@ from flashbias.attention.layout import cdiv
 from flashbias.attention.triton.operands import Operands, flattened, ranks_on
 
 __all__ = [
+    "FAR",
     "HALF_BYTES",
     "HopperOperands",
     "Shape",
@@ -35,6 +36,12 @@ ALIGNMENT = 16
 
 HALF_BYTES = 2
 """Bytes of an element of queries, keys and values: these kernels take half precision only."""
+
+FAR = 2**30
+"""Rows up to which boxes of packed batches count."""
+
+_ANY = 2**31 - 2**16
+"""Size of a dimension in which nothing ends."""
 
 RANKS = 14
 """Place of `ranks` among the arguments that the operators share; factors are at 3 and 4."""
@@ -213,45 +220,32 @@ def descriptor(x: Tensor, rows: int, columns: int) -> Any:
     return described(x, box, layout_of(box, x.dtype))
 
 
-class _Ahead(NamedTuple):
-    """An address `bytes` ahead of a tensor's."""
-
-    x: Tensor
-    bytes: int
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of the tensor."""
-        return self.x.dtype
-
-    def data_ptr(self) -> int:
-        """The address."""
-        return self.x.data_ptr() - self.bytes
-
-
 def packed(x: Tensor, rows: int, columns: int) -> Any:
     """Describe the tokens `[1, H, T, width]` of a packed batch, so that boxes end where a sequence ends.
 
-    A row has two coordinates, the end e of its sequence and its place t among the T rows up to there: row i of a
-    sequence of n rows has t = T - n + i and lies at e + t rows from an address that is T rows ahead of the tensor. Rows
-    past the end have t >= T: they are read as zeros and never written.
+    Row i of a sequence of n rows with end e has the coordinates (F, e, head, F - n + i), F = `FAR`. The last one counts
+    rows up to F: those past the end have F or more, are read as zeros and never written. The second one counts rows
+    too; of the first one F steps take F rows back, since addresses wrap around at 2^64. So every address that is made
+    up lies in the tensor, as does the one that all are counted from.
 
     Args:
-        x: the tokens.
+        x: the tokens, at most 2^30, in half precision.
         rows: rows of a box.
         columns: columns of a box.
 
     Returns:
-        A descriptor of `[T + 1, H, T, width]`.
+        A descriptor of five dimensions.
+
+    Reference: `triton.tools.ragged_tma` ends boxes in this way.
     """
     _, heads, tokens, width = x.shape
     step = x.stride(2) if tokens > 1 else ALIGNMENT
-    box = (1, 1, rows, columns)
+    box = (1, 1, 1, rows, columns)
+    # F steps of 2^34 elements of two bytes are 2^65 bytes, which is nothing.
+    strides = (2**34 - step, step, x.stride(1), step, 1)
     made = object.__new__(TensorDescriptor)
-    attributes = _described(
-        x.dtype, (tokens + 1, heads, tokens, width), (step, x.stride(1), step, 1), box, layout_of(box, x.dtype)
-    )
-    vars(made).update(attributes, base=_Ahead(x, tokens * step * x.element_size()))
+    attributes = _described(x.dtype, (_ANY, _ANY, heads, FAR, width), strides, box, layout_of(box, x.dtype))
+    vars(made).update(attributes, base=x)
     return made
 
 

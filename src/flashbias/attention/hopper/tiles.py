@@ -13,7 +13,11 @@ What it is about is handed on in groups:
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportReturnType=false
 # pyright: reportAssignmentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
 
-from flashbias.attention.hopper.gluon import gl, jit, mbarrier
+from flashbias.attention.hopper.gluon import gl, jit, load, mbarrier, store
+from flashbias.attention.hopper.operands import FAR as _FAR
+
+FAR = gl.constexpr(_FAR)
+"""Rows up to which boxes of packed batches count."""
 
 ROWS = gl.constexpr(64)
 """Queries of a warpgroup."""
@@ -156,14 +160,41 @@ def heard_of(turn, walk, batch, queue, BLOCK_M: gl.constexpr):
 
 
 @jit
-def rows_of(cu_ptr, sequence, total):
-    """Where a sequence lies among `total` packed rows: its start, its length, and both as the copy engine takes them.
+def rows_of(cu_ptr, sequence):
+    """Where a packed sequence lies: its start, its length, and both as the copy engine takes them.
 
-    That is the end of the sequence, and which of `total` rows up to there is its first; see `operands.packed`.
+    That is its end, and which of the FAR rows up to there is its first; see `operands.packed`.
     """
     start = gl.load(cu_ptr + sequence)
     end = gl.load(cu_ptr + sequence + 1)
-    return start, end - start, end, total - (end - start)
+    return start, end - start, end, FAR - (end - start)
+
+
+@jit
+def load_rows(desc, b, h, row, full, smem, IS_VARLEN: gl.constexpr):
+    """Load rows of one head, of a batch element or of a packed sequence."""
+    if IS_VARLEN:
+        load(desc, [FAR, b, h, row, 0], full, smem)
+    else:
+        load(desc, [b, h, row, 0], full, smem)
+
+
+@jit
+def store_rows(desc, b, h, row, smem, IS_VARLEN: gl.constexpr):
+    """Store rows of one head, of a batch element or of a packed sequence."""
+    if IS_VARLEN:
+        store(desc, [FAR, b, h, row, 0], smem)
+    else:
+        store(desc, [b, h, row, 0], smem)
+
+
+@jit
+def boxes(desc, count: gl.constexpr, rows: gl.constexpr, columns: gl.constexpr, IS_VARLEN: gl.constexpr):
+    """Shared memory for boxes of rows of one head."""
+    if IS_VARLEN:
+        return gl.allocate_shared_memory(desc.dtype, [count, 1, 1, 1, rows, columns], desc.layout)
+    else:
+        return gl.allocate_shared_memory(desc.dtype, [count, 1, 1, rows, columns], desc.layout)
 
 
 @jit
@@ -178,8 +209,8 @@ def place_in_batch(unit, walk, deal, batch, IS_VARLEN: gl.constexpr, IS_SPLIT: g
         # All heads of a block come together; the last block of a sequence, under a causal mask the longest, is first.
         h = unit % num_heads
         sequence, end = walk
-        queries = rows_of(cu_q_ptr, sequence, seqlen_q)
-        keys = rows_of(cu_k_ptr, sequence, seqlen_k)
+        queries = rows_of(cu_q_ptr, sequence)
+        keys = rows_of(cu_k_ptr, sequence)
         return h, h, end - 1 - unit // num_heads, -1, queries, keys, shift * (keys[1] - queries[1])
     else:
         b, h, bh, block, part = tile_of(unit, deal[1], deal[2], deal[4], num_heads, pairs, deal[5], IS_SPLIT, IS_BANDED)
