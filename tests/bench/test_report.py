@@ -22,6 +22,7 @@ ROWS = [
     ok("full-64", "fwd", "dense/sdpa-cudnn", 1.5),
     Row("full-64", "fwd", "dense/sdpa-efficient", "bfloat16", status="oom"),
     ok("mesh-32k", "fwd", "ours/triton", 3.0),
+    ok("mesh-32k", "fwd", "ours-bias-free/hopper", 2.0),
     Row("mesh-32k", "fwd", "dense/flex", "bfloat16", status="unsupported: index overflow beyond 2^31 elements"),
     Row("mesh-32k", "fwd", "concat/fa4", "bfloat16", max_rel_error="5e-1", status="wrong"),
     ok("full-64", "fwdbwd", "ours/triton", 2.0),
@@ -74,6 +75,7 @@ def test_render_picks_the_fastest_and_forms_ratios(run_csv):
     forward = table(text, "**Forward, bfloat16: median time, ms**")
     cells = forward["full-64"]
     assert cells["ours"] == "0.600 triton"  # a deterministic run is not the one that is compared
+    assert cells["ours, repeatable"] == "0.100 triton"
     assert cells["ours, no bias"] == "0.500 triton"  # the same implementation, though hopper is faster
     assert cells["no bias, fastest peer"] == "0.480 fa4"
     assert cells["dense bias"] == "1.200 flex"
@@ -83,6 +85,7 @@ def test_render_picks_the_fastest_and_forms_ratios(run_csv):
     assert "dense bias with gradient" not in cells  # nobody has a number for it in this pass
     assert forward["mesh-32k"]["dense bias"] == "–"
     assert forward["mesh-32k"]["dense / ours"] == "–"
+    assert forward["mesh-32k"]["ours, no bias"] == "–"  # another implementation's is none of it
     both = table(text, "**Forward and backward, bfloat16: median time, ms**")["full-64"]
     assert both["dense with gradient / ours"] == "**6.00**"
     assert both["dense / ours"] == "**2.00**"

@@ -229,10 +229,12 @@ class TestChoice:
             ({"n": 512, "m": 512, "bias": factors(100, 512, 512), "scale": 0.1}, False),
             ({"n": 512, "m": 512, "head_dim": 32, "bias": factors(32, 512, 512), "scale": 0.1}, False),
             ({"n": 512, "m": 512, "head_dim": 32, "bias": factors(128, 512, 512), "scale": 0.1}, False),
-            ({"n": 516, "m": 512, "varlen": packed(4)}, False),
-            ({"n": 512, "m": 512, "varlen": packed(4)}, True),
+            ({"n": 516, "m": 512, "head_dim": 128, "varlen": packed(4)}, False),
+            ({"n": 512, "m": 512, "head_dim": 128, "varlen": packed(4)}, True),
+            ({"n": 516, "m": 512, "head_dim": 64, "varlen": packed(4)}, True),
         ],
-        ids=["plain", "short", "rank 16", "rank 100", "narrow, rank 32", "narrow, rank 128", "packed", "packed, short"],
+        ids=["plain", "short", "rank 16", "rank 100", "narrow, rank 32", "narrow, rank 128", "packed", "packed, short",
+             "packed, narrow"],
     )
     def test_where_it_is_slower(self, changes: dict[str, Any], expected: bool) -> None:
         assert hopper.is_slower(call(**changes)) == expected

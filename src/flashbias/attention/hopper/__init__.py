@@ -34,6 +34,9 @@ UNEVEN = 2
 SHORT = 128
 """Queries that do not fill one tile."""
 
+NARROW_IF_PACKED = 64
+"""Width of heads up to which packed batches were not faster than by the portable kernels."""
+
 FEWEST_QUERIES = 17
 """Fewer queries than this leave most of a tile empty."""
 
@@ -132,8 +135,11 @@ def is_slower(call: Call) -> bool:
 
     Of a packed batch the mean length is what counts: it is known without waiting for the GPU.
     """
-    sequences = 1 if call.varlen is None else max(call.varlen.cu_seqlens_q.shape[0] - 1, 1)
-    return call.seqlen_q <= SHORT * sequences or _is_uneven(call.bias)
+    if call.varlen is None:
+        return call.seqlen_q <= SHORT or _is_uneven(call.bias)
+    sequences = max(call.varlen.cu_seqlens_q.shape[0] - 1, 1)
+    is_narrow = max(call.query.shape[-1], call.value.shape[-1]) <= NARROW_IF_PACKED
+    return is_narrow or call.seqlen_q <= SHORT * sequences or _is_uneven(call.bias)
 
 
 def _is_uneven(bias: FactoredBias | None) -> bool:
