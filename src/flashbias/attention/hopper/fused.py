@@ -210,7 +210,7 @@ def _sit_out(w: gl.constexpr, n, step, ds_smem, q_full, q_empty, ds_full, ds_emp
 
 @jit
 def _sum_over_keys(
-    dq_desc, dpq_desc, k_smem, pk_smem, ds_smem, dq_smem, dpq_smem, ds_full, ds_empty, kv_empty, units, pairs, heads,
+    dq_desc, dpq_desc, k_smem, pk_smem, ds_smem, dq_smem, dpq_smem, kv_full, kv_empty, ds_full, ds_empty, units, pairs, heads,
     num_blocks, num_heads, group, slabs, seqlen_q, shift, left, right, pq_s1, pq_v2, pq_s2, HAS_LEFT: gl.constexpr,
     HAS_RIGHT: gl.constexpr, SUM_DPQ: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr,
     BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr, DQ_COLUMNS: gl.constexpr, k_layout: gl.constexpr,
@@ -228,7 +228,10 @@ def _sum_over_keys(
             unit_of(turn, ALTERNATES), num_blocks, pairs, heads, num_heads // group, HAS_LEFT or HAS_RIGHT
         )
         lo, _, _, hi = query_tiles(block * BLOCK_N, seqlen_q, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N)
-        keys = turn % KV_STAGES * CONSUMERS
+        # Without steps it would run ahead otherwise, and free keys that nobody has read.
+        slot = turn % KV_STAGES
+        mbarrier.wait(kv_full.index(slot), (turn // KV_STAGES) & 1)
+        keys = slot * CONSUMERS
         for g in range(group):
             bh = b * num_heads + hk * group + g
             f_q = own_index(bh, pq_s1, pq_v2, pq_s2)
@@ -259,19 +262,19 @@ def _sum_over_keys(
                     if part == ACROSS - 1:
                         mbarrier.arrive(ds_empty.index(half))
                     # Two buffers of dq, one of dphi_q: what was added before from the same one has left it.
-                    slot = dq_smem.index((step * ACROSS + part) & 1)
+                    sums = dq_smem.index((step * ACROSS + part) & 1)
                     store_wait(2 if SUM_DPQ else 1)
-                    slot._reinterpret(gl.float32, [BLOCK_M, DQ_COLUMNS], dq_layout).store(dq)
+                    sums._reinterpret(gl.float32, [BLOCK_M, DQ_COLUMNS], dq_layout).store(dq)
                     fence_async_shared()
                     slab = (bh * slabs + row) * ACROSS + part
-                    reduce_add(dq_desc, [slab * (ROWS * DQ_COLUMNS // LINE), 0], slot)
+                    reduce_add(dq_desc, [slab * (ROWS * DQ_COLUMNS // LINE), 0], sums)
                 if SUM_DPQ:
                     store_wait(ACROSS)
                     dpq_smem._reinterpret(gl.float32, [BLOCK_M, BLOCK_G], dpq_layout).store(dpq)
                     fence_async_shared()
                     reduce_add(dpq_desc, [(f_q * slabs + row) * (ROWS * BLOCK_G // LINE), 0], dpq_smem)
                 step += 1
-        mbarrier.arrive(kv_empty.index(turn % KV_STAGES))
+        mbarrier.arrive(kv_empty.index(slot))
     store_wait(0)
 
 
@@ -439,8 +442,8 @@ def _bwd_kernel(
                             SUM_DPK, STAGES, BLOCK_M, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout, v_layout,
                             do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS, KV_STAGES,
                             ALTERNATES)),
-                (_sum_over_keys, (dq_desc, dpq_desc, k_smem, pk_smem, ds_smem, dq_smem, dpq_smem, ds_full, ds_empty,
-                                  kv_empty, units, pairs, heads, num_blocks, num_heads, group, slabs, seqlen_q, shift,
+                (_sum_over_keys, (dq_desc, dpq_desc, k_smem, pk_smem, ds_smem, dq_smem, dpq_smem, kv_full, kv_empty,
+                                  ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, slabs, seqlen_q, shift,
                                   left, right, pq_s1, pq_v2, pq_s2, HAS_LEFT, HAS_RIGHT, SUM_DPQ, BLOCK_M, BLOCK_D,
                                   BLOCK_R, BLOCK_G, DQ_COLUMNS, k_layout, pk_layout, dq_layout, dpq_layout, CONSUMERS,
                                   KV_STAGES, ALTERNATES)),
@@ -477,8 +480,8 @@ def _bwd_kernel(
                             SUM_DPK, STAGES, BLOCK_M, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout, v_layout,
                             do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS, KV_STAGES,
                             ALTERNATES)),
-                (_sum_over_keys, (dq_desc, dpq_desc, k_smem, pk_smem, ds_smem, dq_smem, dpq_smem, ds_full, ds_empty,
-                                  kv_empty, units, pairs, heads, num_blocks, num_heads, group, slabs, seqlen_q, shift,
+                (_sum_over_keys, (dq_desc, dpq_desc, k_smem, pk_smem, ds_smem, dq_smem, dpq_smem, kv_full, kv_empty,
+                                  ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, slabs, seqlen_q, shift,
                                   left, right, pq_s1, pq_v2, pq_s2, HAS_LEFT, HAS_RIGHT, SUM_DPQ, BLOCK_M, BLOCK_D,
                                   BLOCK_R, BLOCK_G, DQ_COLUMNS, k_layout, pk_layout, dq_layout, dpq_layout, CONSUMERS,
                                   KV_STAGES, ALTERNATES)),

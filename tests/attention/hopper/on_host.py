@@ -1,0 +1,389 @@
+"""The part of Gluon that the kernels for Hopper use, on the host: numbers by torch, warpgroups as threads in turns.
+
+A kernel's partitions run as threads, of which one runs at a time: whenever one comes to a barrier, any that can go on
+may be next, by a seeded draw. So a run is repeatable, many seeds are many orders, and it is an error if
+
+- nobody can go on (a deadlock),
+- shared memory is written while a product in flight, or the copy engine, still reads it.
+
+Loads of the copy engine write at once, the earliest that they can. Registers, layouts and proxies are not checked.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from triton.language import constexpr
+from triton.runtime.jit import JITFunction
+
+
+class Int(int):
+    """A number of a kernel: as Python's, with the kernel's conversions."""
+
+    def to(self, dtype: Any) -> Int:
+        return self
+
+
+def _wrapped(name: str) -> Callable[..., Any]:
+    own = getattr(int, name)
+
+    def operation(self: Int, *others: Any) -> Any:
+        result = own(self, *others)
+        return Int(result) if isinstance(result, int) else result
+
+    return operation
+
+
+_OPERATIONS = ("add", "sub", "mul", "floordiv", "mod", "and", "or", "xor", "rshift", "lshift")
+for _name in (
+    *(f"__{side}{operation}__" for operation in _OPERATIONS for side in ("", "r")),
+    "__lt__", "__le__", "__gt__", "__ge__", "__eq__", "__ne__", "__neg__",
+):  # fmt: skip
+    setattr(Int, _name, _wrapped(_name))
+Int.__hash__ = int.__hash__  # type: ignore[method-assign]
+
+
+class Stuck(AssertionError):
+    """Nobody can go on."""
+
+
+@dataclass
+class Turns:
+    """Threads that take turns: which is next is drawn among those that can go on."""
+
+    seed: int
+    waiting: dict[int, Callable[[], bool]] = field(default_factory=dict)
+    failure: BaseException | None = None
+
+    def __post_init__(self) -> None:
+        self.draw = random.Random(self.seed)
+        self.changed = threading.Condition()
+        self.running: int | None = None
+
+    def pass_on(self) -> None:
+        """Choose who is next; the caller holds the lock."""
+        ready = [name for name, can_go in self.waiting.items() if can_go()]
+        if not ready and self.waiting and self.failure is None:
+            self.failure = Stuck(f"{len(self.waiting)} partitions wait for each other")
+        self.running = self.draw.choice(sorted(ready)) if ready else None
+        self.changed.notify_all()
+
+    def wait(self, can_go: Callable[[], bool] = lambda: True) -> None:
+        """Let others run until the draw comes back, and the condition holds."""
+        name = int(threading.current_thread().name)
+        with self.changed:
+            self.waiting[name] = can_go
+            self.pass_on()
+            while self.running != name and self.failure is None:
+                self.changed.wait()
+            del self.waiting[name]
+            if self.failure is not None:
+                raise Stuck from self.failure
+
+    def run(self, partitions: Sequence[Callable[[], None]]) -> None:
+        """Run all partitions to their end."""
+        start = threading.Barrier(len(partitions) + 1)
+
+        def body(name: int, partition: Callable[[], None]) -> None:
+            try:
+                start.wait()
+                with self.changed:
+                    while self.running != name and self.failure is None:
+                        self.changed.wait()
+                    del self.waiting[name]
+                if self.failure is None:
+                    partition()
+            except BaseException as error:
+                self.failure = self.failure or error
+            with self.changed:
+                self.pass_on()
+
+        self.waiting = dict.fromkeys(range(len(partitions)), lambda: True)
+        threads = [
+            threading.Thread(target=body, args=(name, partition), name=str(name), daemon=True)
+            for name, partition in enumerate(partitions)
+        ]
+        for thread in threads:
+            thread.start()
+        start.wait()
+        with self.changed:
+            self.pass_on()
+        for thread in threads:
+            thread.join()
+        if self.failure is not None:
+            raise self.failure
+
+
+@dataclass
+class Barrier:
+    """An mbarrier: its phase ends with the last arrival."""
+
+    turns: Turns
+    count: int = 0
+    pending: int = 0
+    phase: int = 0
+
+    def arrive(self) -> None:
+        self.pending -= 1
+        if self.pending == 0:
+            self.phase, self.pending = self.phase + 1, self.count
+
+
+class Cell:
+    """One buffer of shared memory."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.content: Tensor | None = None
+        self.readers = 0  # products in flight, and the copy engine
+
+    def write(self, x: Tensor) -> None:
+        assert self.readers == 0, "shared memory is written while it is read"
+        self.content = x.to(self.dtype)
+
+
+@dataclass
+class View:
+    """A matrix in shared memory, or a part of one."""
+
+    cell: Cell
+    part: Callable[[Tensor], Tensor] = lambda x: x
+    order: Any = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.cell.dtype
+
+    def _reinterpret(self, dtype: Any, shape: Any, layout: Any) -> View:
+        return View(self.cell, self.part, layout)
+
+    def slice(self, start: int, length: int, dim: int = 0) -> View:
+        return View(self.cell, lambda x: self.part(x).narrow(dim, int(start), int(length)), self.order)
+
+    def permute(self, order: Any) -> View:
+        return View(self.cell, lambda x: self.part(x).T, self.order)
+
+    def load(self, layout: Any = None) -> Tensor:
+        assert self.cell.content is not None, "shared memory is read before it is written"
+        return self.part(self.cell.content)
+
+    def store(self, x: Tensor) -> None:
+        self.cell.write(x)
+
+
+class Buffers:
+    """Buffers of one kind."""
+
+    def __init__(self, dtype: torch.dtype, count: int) -> None:
+        self.dtype = dtype
+        self.cells = [Cell(dtype) for _ in range(count)]
+
+    def index(self, place: int) -> View:
+        return View(self.cells[place])
+
+
+@dataclass
+class Box:
+    """What a descriptor says: a tensor, and the box that is copied."""
+
+    x: Tensor
+    rows: int
+    columns: int
+    flat: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.x.dtype
+
+    layout = None
+
+    def matrix(self, place: Sequence[int]) -> tuple[Tensor, int, int]:
+        """The matrix that a box lies in, and its first row and column."""
+        *lead, row, column = (int(i) for i in place)
+        return self.x[tuple(lead)], row, column
+
+    def read(self, place: Sequence[int]) -> Tensor:
+        matrix, row, column = self.matrix(place)
+        found = torch.zeros(self.rows, self.columns, dtype=self.x.dtype)
+        inside = matrix[row : row + self.rows, column : column + self.columns]
+        found[: inside.shape[0], : inside.shape[1]] = inside
+        return found
+
+    def target(self, place: Sequence[int], x: Tensor) -> tuple[Tensor, Tensor]:
+        """Where a box is written, and what of it is."""
+        matrix, row, column = self.matrix(place)
+        x = x if self.flat is None else self.flat(x).view(-1, self.columns)
+        inside = matrix[row : row + self.rows, column : column + self.columns]
+        return inside, x[: inside.shape[0], : inside.shape[1]]
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """Addresses of elements."""
+
+    x: Tensor
+    index: Any = 0
+
+    def __add__(self, step: Any) -> Pointer:
+        return Pointer(self.x, self.index + step)
+
+
+class Device:
+    """What the kernels' modules find in the place of Gluon."""
+
+    def __init__(self, seed: int) -> None:
+        self.turns = Turns(seed)
+        self.program, self.programs = Int(0), Int(1)
+        self.in_flight: dict[str, list[list[Cell]]] = {}
+        self.copies: dict[str, list[Cell]] = {}
+        self.gl = SimpleNamespace(
+            float32=torch.float32, int32=torch.int32, int64=torch.int64, constexpr=constexpr, static_range=range,
+            zeros=lambda shape, dtype, layout: torch.zeros(*map(int, shape), dtype=dtype),
+            arange=lambda first, last, layout: torch.arange(int(first), int(last)),
+            minimum=lambda a, b: Int(min(a, b)), maximum=lambda a, b: Int(max(a, b)), where=self._where,
+            load=lambda pointer: pointer.x.flatten()[pointer.index], convert_layout=lambda x, layout: x,
+            program_id=lambda axis: self.program, num_programs=lambda axis: self.programs,
+            allocate_shared_memory=self._allocate, warp_specialize=self._warp_specialize,
+            NVMMADistributedLayout=lambda *_: None, SliceLayout=lambda *_: None, DotOperandLayout=lambda *_: None,
+            BlockedLayout=lambda *_: None, SharedLinearLayout=lambda **_: None, SwizzledSharedLayout=lambda *_: None,
+        )  # fmt: skip
+        self.mbarrier = SimpleNamespace(
+            MBarrierLayout=lambda: Barrier, init=self._init, wait=self._wait, arrive=self._arrive, expect=self._expect
+        )
+
+    @staticmethod
+    def _where(condition: Any, a: Any, b: Any) -> Any:
+        return torch.where(condition, a, b) if isinstance(condition, Tensor) else (a if condition else b)
+
+    def _allocate(self, dtype: Any, shape: Sequence[int], layout: Any) -> Any:
+        if layout is Barrier:
+            barriers = [Barrier(self.turns) for _ in range(int(shape[0]))]
+            return SimpleNamespace(index=lambda i: barriers[i])
+        lead = [int(n) for n in shape[:-2]]
+        if not lead:
+            # [stages, numbers], or the one buffer of its kind.
+            return _Either(dtype, int(shape[0]))
+        return Buffers(dtype, lead[0])
+
+    def _init(self, barrier: Barrier, count: int) -> None:
+        barrier.count = barrier.pending = int(count)
+
+    def _wait(self, barrier: Barrier, parity: int, pred: Any = True) -> None:
+        self.turns.wait(lambda: not pred or barrier.phase & 1 != int(parity))
+
+    def _arrive(self, barrier: Barrier, pred: Any = True) -> None:
+        self.turns.wait()
+        if pred:
+            barrier.arrive()
+
+    def _expect(self, barrier: Barrier, size: int) -> None:
+        # Nobody else runs before its boxes are copied.
+        barrier.arrive()
+
+    def load(self, box: Box, place: Sequence[int], barrier: Barrier, view: View) -> None:
+        view.cell.write(box.read(place))
+
+    def fence(self) -> None:
+        """Order stores before the copy engine: nothing to do where there is one memory."""
+
+    def _copies(self) -> list[Cell]:
+        return self.copies.setdefault(threading.current_thread().name, [])
+
+    def store(self, box: Box, place: Sequence[int], view: View) -> None:
+        inside, x = box.target(place, view.load())
+        inside.copy_(x)
+        self._read_by_engine(view.cell)
+
+    def reduce_add(self, box: Box, place: Sequence[int], view: View) -> None:
+        inside, x = box.target(place, view.load())
+        inside.add_(x)
+        self._read_by_engine(view.cell)
+
+    def _read_by_engine(self, cell: Cell) -> None:
+        cell.readers += 1
+        self._copies().append(cell)
+
+    def store_wait(self, pending: int) -> None:
+        copies = self._copies()
+        while len(copies) > pending:
+            copies.pop(0).readers -= 1
+
+    def warpgroup_mma(self, a: Any, b: View, acc: Tensor, use_acc: bool = True, is_async: bool = False) -> Tensor:
+        cells = [x.cell for x in (a, b) if isinstance(x, View)]
+        for cell in cells:
+            cell.readers += 1
+        self.in_flight.setdefault(threading.current_thread().name, []).append(cells)
+        first = a.load() if isinstance(a, View) else a
+        product = first.to(torch.float32) @ b.load().to(torch.float32)
+        return acc + product if use_acc else product
+
+    def warpgroup_mma_wait(self, pending: int, deps: Sequence[Any]) -> Any:
+        flight = self.in_flight.setdefault(threading.current_thread().name, [])
+        while len(flight) > pending:
+            for cell in flight.pop(0):
+                cell.readers -= 1
+        self.turns.wait()
+        return deps[0] if len(deps) == 1 else tuple(deps)
+
+    def _warp_specialize(self, partitions: Sequence[tuple[Any, tuple[Any, ...]]], warps: Any, registers: Any) -> None:
+        self.turns.run([lambda f=f, arguments=arguments: f(*arguments) for f, arguments in partitions])
+
+
+class _Either(View):
+    """A buffer of rows: one by one where it is indexed, else as the one buffer that it is."""
+
+    def __init__(self, dtype: torch.dtype, rows: int) -> None:
+        super().__init__(Cell(dtype))
+        self.rows = [Cell(dtype) for _ in range(rows)]
+
+    def index(self, place: int) -> View:
+        return View(self.rows[place])
+
+
+@contextmanager
+def on_host(device: Device, modules: Sequence[ModuleType]) -> Iterator[None]:
+    """Let the functions of these modules run as Python, on a device that is none."""
+    names = {
+        "gl": device.gl, "mbarrier": device.mbarrier, "load": device.load, "store": device.store,
+        "reduce_add": device.reduce_add, "store_wait": device.store_wait, "fence_async_shared": device.fence,
+        "warpgroup_mma": device.warpgroup_mma, "warpgroup_mma_wait": device.warpgroup_mma_wait, "exp2": torch.exp2,
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        for module in modules:
+            for name, value in list(vars(module).items()):
+                if name in names:
+                    patch.setattr(module, name, names[name])
+                elif isinstance(value, JITFunction):
+                    patch.setattr(module, name, value.fn)
+                elif isinstance(value, constexpr):
+                    patch.setattr(module, name, value.value)
+        yield
+
+
+class Launched:
+    """A kernel that runs on the host, program after program."""
+
+    def __init__(self, function: Callable[..., None], device: Device) -> None:
+        self.function, self.device = function, device
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*arguments: Any, **constants: Any) -> None:
+            held = [
+                Pointer(x) if isinstance(x, Tensor) else Int(x) if type(x) is int else x for x in arguments
+            ]  # fmt: skip
+            for name in ("num_warps", "maxnreg"):
+                constants.pop(name)
+            for program in range(grid[0]):
+                self.device.program, self.device.programs = Int(program), Int(grid[0])
+                self.function(*held, **constants)
+
+        return launch

@@ -1,0 +1,195 @@
+"""The fused backward kernels on the host: right gradients in any order of the warpgroups, and nobody gets stuck."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tests.conftest import INTERPRETED
+from torch import Tensor
+
+pytest.importorskip("triton.experimental.gluon", reason="this release of triton has no Gluon")
+if INTERPRETED:
+    pytest.skip("Gluon has no interpreter: TRITON_INTERPRET=1 is set", allow_module_level=True)
+
+from tests.attention.hopper.on_host import Box, Device, Launched, on_host
+
+from flashbias.attention.hopper import backward, fused, slabs, tiles, wide
+from flashbias.attention.hopper.configs import ROWS, BackwardConfig
+from flashbias.attention.layout import Sharing, cdiv
+
+COLUMNS = 16
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A call, and the tile shape that does it."""
+
+    name: str
+    config: BackwardConfig
+    n: int
+    m: int
+    width: int = 16
+    width_v: int = 16
+    batch: int = 1
+    heads: int = 2
+    kv_heads: int = 2
+    rank: int = 3
+    shares: bool = False  # one factor for all of the batch
+    left: int = -1
+    right: int = -1
+    learns: bool = True
+    programs: int = 2
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def narrow(consumers: int = 2, stages: int = 2, kv_stages: int = 2, holds_phi: bool = True) -> BackwardConfig:
+    return BackwardConfig(consumers, ROWS, stages, kv_stages, is_wide=False, holds_phi=holds_phi)
+
+
+WIDE = BackwardConfig(2, ROWS, 2, 1, is_wide=True)
+
+PROBLEMS = [
+    Problem("plain", narrow(), 130, 200),
+    Problem("three warpgroups", narrow(3), 70, 300, heads=1, kv_heads=1),
+    Problem("one tile of keys at a time", narrow(kv_stages=1, stages=3, holds_phi=False), 200, 260),
+    Problem("one stage", narrow(stages=1), 100, 256, learns=False),
+    Problem("no factors", narrow(), 129, 128, rank=0),
+    Problem("keys that nobody sees", narrow(), 40, 1200, right=0, heads=1, kv_heads=1, programs=1),
+    Problem("keys that nobody sees, three warpgroups", narrow(3), 70, 900, right=0, heads=3, kv_heads=3, programs=1),
+    Problem("causal", narrow(), 300, 300, right=0, batch=2),
+    Problem("window", narrow(), 260, 330, left=40, right=25, heads=1, kv_heads=1),
+    Problem("grouped heads", narrow(), 70, 200, heads=4, kv_heads=2),
+    Problem("grouped heads, idle warpgroups", narrow(3), 70, 65, heads=4, kv_heads=2, batch=2, programs=3),
+    Problem("shared factors", narrow(), 90, 130, batch=3, shares=True),
+    Problem("other width of values", narrow(), 70, 130, width=32),
+    Problem("wide", WIDE, 130, 200, width=32, width_v=16),
+    Problem("wide, causal, grouped", WIDE, 90, 400, width=32, width_v=32, heads=2, kv_heads=1, right=0),
+    Problem("wide, frozen", WIDE, 200, 130, width=32, learns=False, rank=0),
+]
+
+
+def leaves_of(problem: Problem) -> dict[str, Tensor]:
+    """Queries, keys, values and factors, in float64."""
+    torch.manual_seed(0)
+    b, h, hk = problem.batch, problem.heads, problem.kv_heads
+    own = 1 if problem.shares else b
+    return {
+        "q": torch.randn(b, h, problem.n, problem.width).double(),
+        "k": torch.randn(b, hk, problem.m, problem.width).double(),
+        "v": torch.randn(b, hk, problem.m, problem.width_v).double(),
+        "phi_q": torch.randn(own, h, problem.n, problem.rank).double(),
+        "phi_k": torch.randn(own, hk, problem.m, problem.rank).double(),
+    }
+
+
+def expected(
+    problem: Problem, leaves: dict[str, Tensor], scale: float, dout: Tensor
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Gradients by autograd; log-sum-exp and delta."""
+    x = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
+    repeated = {name: x[name].repeat_interleave(problem.heads // problem.kv_heads, 1) for name in ("k", "v", "phi_k")}
+    scores = scale * x["q"] @ repeated["k"].mT + x["phi_q"] @ repeated["phi_k"].mT
+    gap = torch.arange(problem.m) - torch.arange(problem.n)[:, None]
+    keep = torch.ones(problem.n, problem.m, dtype=torch.bool)
+    keep = keep & (gap <= problem.right) if problem.right >= 0 else keep
+    keep = keep & (gap >= -problem.left) if problem.left >= 0 else keep
+    scores = scores.masked_fill(~keep, -math.inf)
+    lse = scores.logsumexp(-1, keepdim=True)
+    weights = torch.where(lse == -math.inf, 0.0, (scores - torch.where(lse == -math.inf, 0.0, lse)).exp())
+    out = weights @ repeated["v"]
+    (out * dout).sum().backward()
+    return (
+        {name: leaf.grad for name, leaf in x.items() if leaf.grad is not None},
+        lse[..., 0].detach(),
+        (out * dout).sum(-1).detach(),
+    )
+
+
+def slab_order(columns: int) -> Tensor:
+    """Place in a slab of each (row, column)."""
+    i, j = torch.arange(ROWS)[:, None], torch.arange(columns)
+    return (j & 1) + 2 * (i >> 3 & 1) + 4 * (j >> 1 & 3) + 16 * (i & 7) + 128 * (i >> 4) + 512 * (j >> 3)
+
+
+def to_slab(x: Tensor) -> Tensor:
+    flat = torch.empty(x.numel())
+    flat[slab_order(x.shape[1])] = x
+    return flat
+
+
+def unfold(sums: Tensor, out: Tensor, factor: float) -> None:
+    groups, rows, across, size = sums.shape
+    columns = size // ROWS
+    made = sums[..., slab_order(columns)].permute(0, 1, 3, 2, 4).reshape(groups, rows * ROWS, across * columns)
+    made = made.view(*out.shape[:2], *made.shape[1:])
+    out.copy_(factor * made[:, :, : out.shape[2], : out.shape[3]])
+
+
+def computed(problem: Problem, leaves: dict[str, Tensor], scale: float, dout: Tensor, lse: Tensor, delta: Tensor,
+             seed: int) -> list[Tensor]:  # fmt: skip
+    """Gradients by `launch_as`, its kernels on the host."""
+    x = {name: leaf.float() for name, leaf in leaves.items()}
+    b, h, hk = problem.batch, problem.heads, problem.kv_heads
+    group = h // hk
+    factors = None
+    if problem.rank:
+        pad = (0, COLUMNS - problem.rank)
+        packed = [torch.nn.functional.pad(phi, pad) for phi in (x["phi_q"] / scale, x["phi_k"])]
+        factors = SimpleNamespace(phi_q=packed[0].flatten(0, 1), phi_k=packed[1].flatten(0, 1))
+    # A factor for each head, of each batch element or of all; that of keys for each head of keys.
+    own, members = (1, b) if problem.shares else (b, 1)
+    sharing_q, sharing_k = Sharing(1, members, own * h, 1), Sharing(1, members, own * hk, group)
+    ops: Any = SimpleNamespace(
+        q=x["q"], k=x["k"], v=x["v"], factors=factors, batch=b, num_heads=h, group=group, seqlen_q=problem.n,
+        seqlen_k=problem.m, head_dim=problem.width, head_dim_v=problem.width_v, block_d=problem.width,
+        block_dv=problem.width_v, columns=COLUMNS if factors else 0, rank=problem.rank, shift=0,
+        window_left=problem.left, window_right=problem.right, scale=scale, sharing_q=sharing_q, sharing_k=sharing_k,
+        flat=lambda t: t,
+    )  # fmt: skip
+    rows = cdiv(problem.n, ROWS) * ROWS
+    lse2 = torch.full((b * h, rows), math.inf)
+    lse2[:, : problem.n] = torch.where(lse == -math.inf, math.inf, lse / math.log(2)).float().flatten(0, 1)
+    deltas = torch.zeros(b * h, rows)
+    deltas[:, : problem.n] = delta.float().flatten(0, 1)
+    grads = [torch.full_like(t, math.nan) for t in x.values()]
+    needs = (True, True, True, problem.learns and problem.rank > 0, problem.learns and problem.rank > 0, False)
+
+    device = Device(seed)
+    with pytest.MonkeyPatch.context() as patch, on_host(device, (fused, wide, tiles)):
+        patch.setattr(backward, "multiprocessors", lambda _: problem.programs)
+        patch.setattr(backward.portable, "rows_of", lambda *_: (lse2, deltas))
+        patch.setattr(backward, "descriptor", lambda t, r, c: Box(t, r, c))
+        patch.setattr(backward, "matrix", lambda _: None)
+        patch.setattr(backward, "layout_of", lambda *_: None)
+        patch.setattr(
+            slabs, "box_of", lambda t: Box(t.view(-1, slabs.LINE), t.shape[-1] // slabs.LINE, slabs.LINE, to_slab)
+        )
+        patch.setattr(slabs, "unfold", unfold)
+        patch.setattr(backward, "_bwd_kernel", Launched(fused._bwd_kernel, device))
+        patch.setattr(backward, "_bwd_wide_kernel", Launched(wide._bwd_wide_kernel, device))
+        dummy = torch.empty(0)
+        backward.launch_as(problem.config, ops, grads, dout.float(), None, dummy, dummy, needs)
+    return grads
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_gradients_in_any_order(problem: Problem, seed: int) -> None:
+    scale = 0.25
+    leaves = leaves_of(problem)
+    dout = torch.randn(problem.batch, problem.heads, problem.n, problem.width_v).double()
+    exact, lse, delta = expected(problem, leaves, scale, dout)
+    found = computed(problem, leaves, scale, dout, lse, delta, seed)
+    for name, grad in zip(leaves, found, strict=True):
+        if name.startswith("phi") and not (problem.learns and problem.rank):
+            continue
+        torch.testing.assert_close(
+            grad.double(), exact[name], rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
+        )
