@@ -25,11 +25,18 @@ from torch import Tensor
 from triton.language import constexpr
 from triton.runtime.jit import JITFunction
 
+from flashbias.attention.hopper.operands import FAR
+
 
 class Int(int):
     """A number of a kernel: as Python's, with the kernel's conversions."""
 
     def to(self, dtype: Any) -> Int:
+        return self
+
+    @property
+    def value(self) -> Int:
+        """As a constant's."""
         return self
 
 
@@ -226,6 +233,28 @@ class Box:
         return inside, x[: inside.shape[0], : inside.shape[1]]
 
 
+class PackedBox(Box):
+    """Boxes of packed tokens `[1, H, T, width]`, as `operands.packed` describes them."""
+
+    def rows_of(self, place: Sequence[int]) -> tuple[Tensor, int]:
+        """The rows of a sequence that a box covers, and its first column."""
+        _, end, head, row, column = (int(i) for i in place)
+        first = end + row - FAR
+        return self.x[0, head, first : max(first, min(first + self.rows, end))], column
+
+    def read(self, place: Sequence[int]) -> Tensor:
+        rows, column = self.rows_of(place)
+        found = torch.zeros(self.rows, self.columns, dtype=self.x.dtype)
+        inside = rows[:, column : column + self.columns]
+        found[: inside.shape[0], : inside.shape[1]] = inside
+        return found
+
+    def target(self, place: Sequence[int], x: Tensor) -> tuple[Tensor, Tensor]:
+        rows, column = self.rows_of(place)
+        inside = rows[:, column : column + self.columns]
+        return inside, x[: inside.shape[0], : inside.shape[1]]
+
+
 @dataclass(frozen=True)
 class Pointer:
     """Addresses of elements."""
@@ -235,6 +264,34 @@ class Pointer:
 
     def __add__(self, step: Any) -> Pointer:
         return Pointer(self.x, self.index + step)
+
+
+def _number(x: Tensor) -> Any:
+    """A whole number where x is one."""
+    return Int(int(x)) if x.dim() == 0 and not x.is_floating_point() else x
+
+
+def _load(pointer: Pointer, mask: Any = None, other: Any = 0) -> Any:
+    x, index = pointer.x.flatten(), pointer.index
+    if mask is None:
+        return _number(x[index])
+    return torch.where(mask, x[torch.where(mask, index, 0)], other)
+
+
+def _store(pointer: Pointer, value: Tensor, mask: Any = True) -> None:
+    index, mask = torch.broadcast_tensors(torch.as_tensor(pointer.index), torch.as_tensor(mask))
+    pointer.x.view(-1)[index[mask]] = value.expand(index.shape)[mask].to(pointer.x.dtype)
+
+
+def _either(of_tensors: Callable[..., Tensor], of_numbers: Callable[..., int]) -> Callable[..., Any]:
+    """A function of tensors, or of numbers."""
+
+    def function(a: Any, b: Any) -> Any:
+        if isinstance(a, Tensor) or isinstance(b, Tensor):
+            return of_tensors(*(torch.as_tensor(x) for x in (a, b)))
+        return Int(of_numbers(a, b))
+
+    return function
 
 
 class Device:
@@ -249,8 +306,10 @@ class Device:
             float32=torch.float32, int32=torch.int32, int64=torch.int64, constexpr=constexpr, static_range=range,
             zeros=lambda shape, dtype, layout: torch.zeros(*map(int, shape), dtype=dtype),
             arange=lambda first, last, layout: torch.arange(int(first), int(last)),
-            minimum=lambda a, b: Int(min(a, b)), maximum=lambda a, b: Int(max(a, b)), where=self._where,
-            load=lambda pointer: pointer.x.flatten()[pointer.index], convert_layout=lambda x, layout: x,
+            full=lambda shape, x, dtype, layout: torch.full([int(n) for n in shape], x, dtype=dtype),
+            minimum=_either(torch.minimum, min), maximum=_either(torch.maximum, max), where=self._where,
+            max=lambda x, axis: _number(x.amax(axis)), sum=lambda x, axis: x.sum(axis), log2=torch.log2,
+            load=_load, store=_store, convert_layout=lambda x, layout: x,
             program_id=lambda axis: self.program, num_programs=lambda axis: self.programs,
             allocate_shared_memory=self._allocate, warp_specialize=self._warp_specialize,
             NVMMADistributedLayout=lambda *_: None, SliceLayout=lambda *_: None, DotOperandLayout=lambda *_: None,
@@ -365,7 +424,8 @@ def on_host(device: Device, modules: Sequence[ModuleType]) -> Iterator[None]:
                 elif isinstance(value, JITFunction):
                     patch.setattr(module, name, value.fn)
                 elif isinstance(value, constexpr):
-                    patch.setattr(module, name, value.value)
+                    own = value.value
+                    patch.setattr(module, name, Int(own) if type(own) is int else own)
         yield
 
 
