@@ -210,10 +210,10 @@ def _sit_out(w: gl.constexpr, n, step, ds_smem, q_full, q_empty, ds_full, ds_emp
 
 @jit
 def _sum_over_keys(
-    dq_desc, dpq_desc, k_smem, pk_smem, ds_smem, dq_smem, dpq_smem, kv_full, kv_empty, ds_full, ds_empty, units, pairs, heads,
-    num_blocks, num_heads, group, slabs, seqlen_q, shift, left, right, pq_s1, pq_v2, pq_s2, HAS_LEFT: gl.constexpr,
-    HAS_RIGHT: gl.constexpr, SUM_DPQ: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr,
-    BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr, DQ_COLUMNS: gl.constexpr, k_layout: gl.constexpr,
+    dq_desc, dpq_desc, k_smem, pk_smem, ds_smem, dq_smem, dpq_smem, kv_full, kv_empty, ds_full, ds_empty, units, pairs,
+    heads, num_blocks, num_heads, group, slabs, seqlen_q, shift, left, right, pq_s1, pq_v2, pq_s2,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SUM_DPQ: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr, DQ_COLUMNS: gl.constexpr, k_layout: gl.constexpr,
     pk_layout: gl.constexpr, dq_layout: gl.constexpr, dpq_layout: gl.constexpr, CONSUMERS: gl.constexpr,
     KV_STAGES: gl.constexpr, ALTERNATES: gl.constexpr,
 ):  # fmt: skip
@@ -443,8 +443,8 @@ def _bwd_kernel(
                             do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS, KV_STAGES,
                             ALTERNATES)),
                 (_sum_over_keys, (dq_desc, dpq_desc, k_smem, pk_smem, ds_smem, dq_smem, dpq_smem, kv_full, kv_empty,
-                                  ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, slabs, seqlen_q, shift,
-                                  left, right, pq_s1, pq_v2, pq_s2, HAS_LEFT, HAS_RIGHT, SUM_DPQ, BLOCK_M, BLOCK_D,
+                                  ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, slabs, seqlen_q,
+                                  shift, left, right, pq_s1, pq_v2, pq_s2, HAS_LEFT, HAS_RIGHT, SUM_DPQ, BLOCK_M, BLOCK_D,
                                   BLOCK_R, BLOCK_G, DQ_COLUMNS, k_layout, pk_layout, dq_layout, dpq_layout, CONSUMERS,
                                   KV_STAGES, ALTERNATES)),
                 (produce, (q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, lse_ptr, delta_ptr, q_smem, k_smem,
@@ -481,8 +481,8 @@ def _bwd_kernel(
                             do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS, KV_STAGES,
                             ALTERNATES)),
                 (_sum_over_keys, (dq_desc, dpq_desc, k_smem, pk_smem, ds_smem, dq_smem, dpq_smem, kv_full, kv_empty,
-                                  ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, slabs, seqlen_q, shift,
-                                  left, right, pq_s1, pq_v2, pq_s2, HAS_LEFT, HAS_RIGHT, SUM_DPQ, BLOCK_M, BLOCK_D,
+                                  ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, slabs, seqlen_q,
+                                  shift, left, right, pq_s1, pq_v2, pq_s2, HAS_LEFT, HAS_RIGHT, SUM_DPQ, BLOCK_M, BLOCK_D,
                                   BLOCK_R, BLOCK_G, DQ_COLUMNS, k_layout, pk_layout, dq_layout, dpq_layout, CONSUMERS,
                                   KV_STAGES, ALTERNATES)),
                 (produce, (q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, lse_ptr, delta_ptr, q_smem, k_smem,
