@@ -29,6 +29,7 @@ class Case:
     is_causal: bool = True
     offset: float = 3.0  # how far phi_k is from zero
     half_factors: bool = False
+    kv_heads: int = KV_HEADS
     options: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -45,6 +46,7 @@ CASES = [
     Case("batch of factors", phi_q=(2, HEADS), phi_k=(2, 1)),
     Case("far from zero", offset=1000.0, phi_q=(HEADS,)),
     Case("half factors", half_factors=True),
+    Case("half factors, no groups", half_factors=True, kv_heads=HEADS),
 ]
 
 
@@ -56,7 +58,7 @@ class Problem:
         torch.manual_seed(0)
         wide = torch.promote_types(dtype, torch.float32)
         factor = dtype if case.half_factors else wide
-        shape = {"query": HEADS, "key": KV_HEADS, "value": KV_HEADS}
+        shape = {"query": HEADS, "key": case.kv_heads, "value": case.kv_heads}
         self.leaves = {name: torch.randn(batch, heads, N, WIDTH).to(dtype) for name, heads in shape.items()}
         if case.rank:
             self.leaves["phi_q"] = (torch.randn(*case.phi_q, N, case.rank) / (1 + case.offset / 10)).to(factor)
@@ -186,6 +188,13 @@ def test_kernels_in_float32(name: str, nan_filled_buffers: None) -> None:
 @pytest.mark.interpreter
 def test_kernels_in_bfloat16(nan_filled_buffers: None) -> None:
     assert_blocks_make_the_whole(BY_NAME["half factors"], torch.bfloat16, "triton", 2e-2, batch=1)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_short_blocks_that_share_their_bias(dtype: torch.dtype, nan_filled_buffers: None) -> None:
+    """Kernels that make delta of their own weights would take a block of keys for all of them."""
+    assert_blocks_make_the_whole(BY_NAME["half factors, no groups"], dtype, "triton", 2e-2)
 
 
 def test_centring_is_undone_where_positions_are_far() -> None:

@@ -46,7 +46,7 @@ def launch(
     grads: list[Tensor],
     dout: Tensor,
     dlse: Tensor | None,
-    out: Tensor,
+    out: Tensor | None,
     lse: Tensor,
     needs_grad: tuple[bool, ...],
     *arguments: Any,
@@ -97,7 +97,7 @@ def launch_as(
     grads: list[Tensor],
     dout: Tensor,
     dlse: Tensor | None,
-    out: Tensor,
+    out: Tensor | None,
     lse: Tensor,
     needs_grad: tuple[bool, ...],
 ) -> None:
@@ -105,7 +105,7 @@ def launch_as(
     need_phi_q, need_phi_k = needs_grad[3:5]
     factors, block_m = ops.factors, config.block_m
     dout = addressable(flattened(dout))
-    lse2, delta = portable.rows_of(ops, dout, dlse, ops.flat(out), lse, block_m)
+    lse2, delta = portable.rows_of(ops, dout, dlse, out, lse, block_m)
     dq_columns = config.dq_columns(ops.block_d)
     dq = slabs.zeros(ops.batch * ops.num_heads, lse2.shape[-1], ops.block_d, dq_columns, ops.q.device)
     dk, dv = (_target(ops, grad, x) for grad, x in ((grads[1], ops.k), (grads[2], ops.v)))

@@ -53,6 +53,7 @@ def _bwd_delta_kernel(
     head_dim_v,
     num_blocks,
     stride_rows,
+    HAS_OUT: tl.constexpr,
     HAS_DLSE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -67,9 +68,11 @@ def _bwd_delta_kernel(
     offs_m, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_DV)
     out_ptr += b * stride_ob + h * stride_oh
     dout_ptr += b * stride_dob + h * stride_doh
-    out = load_tile(out_ptr, start_m, offs_m, offs_d, stride_on, seqlen_q, head_dim_v, True, True).to(tl.float32)
-    dout = load_tile(dout_ptr, start_m, offs_m, offs_d, stride_don, seqlen_q, head_dim_v, True, True).to(tl.float32)
-    delta = tl.sum(out * dout, 1)
+    delta = tl.zeros([BLOCK_M], tl.float32)
+    if HAS_OUT:
+        out = load_tile(out_ptr, start_m, offs_m, offs_d, stride_on, seqlen_q, head_dim_v, True, True).to(tl.float32)
+        dout = load_tile(dout_ptr, start_m, offs_m, offs_d, stride_don, seqlen_q, head_dim_v, True, True).to(tl.float32)
+        delta = tl.sum(out * dout, 1)
     rows = tl.cast(bh, tl.int64) * seqlen_q + start_m + offs_m
     inside = (start_m + offs_m) < seqlen_q
     if HAS_DLSE:
@@ -107,7 +110,7 @@ def launch(
     grads: list[torch.Tensor],
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
-    out: torch.Tensor,
+    out: torch.Tensor | None,
     lse: torch.Tensor,
     needs_grad: tuple[bool, ...],
     *arguments: Any,
@@ -118,7 +121,7 @@ def launch(
         grads: of query, key, value, phi_q, phi_k, table; empty tensors where not needed.
         dout: gradient of the output.
         dlse: gradient of the log-sum-exp, or None.
-        out: output of the forward pass.
+        out: output of the forward pass; None: gradients of scores are measured from `-dlse` alone.
         lse: log-sum-exp of the forward pass (of centred scores).
         needs_grad: which of the six are needed.
         *arguments: those that the operators share (`attention/registration.py`).
@@ -131,19 +134,20 @@ def launch_as(
     grads: list[torch.Tensor],
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
-    out: torch.Tensor,
+    out: torch.Tensor | None,
     lse: torch.Tensor,
     needs_grad: tuple[bool, ...],
 ) -> None:
     """Fill the gradients of a call that is flattened already."""
     dout = flattened(dout)
     need_q, need_k, need_v, need_phi_q, need_phi_k, need_table = needs_grad
-    is_short = short_backward.fits(ops, needs_grad)
+    # Short windows make delta of their own weights, so all keys must be there.
+    is_short = out is not None and short_backward.fits(ops, needs_grad)
     if is_short:
         short_backward.launch(ops, grads, dout, dlse, lse, needs_grad)
         if not need_table:
             return
-    lse2, delta = rows_of(ops, dout, dlse, ops.flat(out), lse)
+    lse2, delta = rows_of(ops, dout, dlse, out, lse)
     rows = {"dout_ptr": dout, "lse_ptr": lse2, "delta_ptr": delta}
     rows |= strides_of("do", dout)
     if window.fits(ops, needs_grad) and not is_short:
@@ -159,7 +163,7 @@ def rows_of(
     ops: Operands,
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
-    out: torch.Tensor,
+    out: torch.Tensor | None,
     lse: torch.Tensor,
     multiple: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -169,7 +173,7 @@ def rows_of(
         ops: the call.
         dout: gradient of the output, `[B, H, N, head_dim_v]`.
         dlse: gradient of the log-sum-exp, or None.
-        out: the output, as dout.
+        out: the output; None: delta is -dlse.
         lse: log-sum-exp of the forward pass.
         multiple: rows of a (batch, head) are filled up to a multiple of this with rows that see nothing.
 
@@ -180,20 +184,22 @@ def rows_of(
     shape = (*lse.shape[:-1], length)
     lse2, delta = lse.new_empty(shape), lse.new_empty(shape)
     blocks = cdiv(length, 64)
+    flat_out = dout if out is None else ops.flat(out)
     _bwd_delta_kernel[(blocks * ops.batch * ops.num_heads,)](
-        out,
+        flat_out,
         dout,
         None if dlse is None else dlse.contiguous(),
         lse,
         delta,
         lse2,
-        *out.stride()[:3],
+        *flat_out.stride()[:3],
         *dout.stride()[:3],
         ops.num_heads,
         ops.seqlen_q,
         ops.head_dim_v,
         blocks,
         length,
+        HAS_OUT=out is not None,
         HAS_DLSE=dlse is not None,
         BLOCK_M=64,
         BLOCK_DV=ops.block_dv,
