@@ -112,8 +112,8 @@ def _backward(
 ) -> list[Tensor]:
     """Gradients of query, key, value, phi_q, phi_k, table; an empty tensor for each that is not needed.
 
-    `packed` is what the forward pass has handed over, None where there is nothing. Without `out` gradients of scores are
-    measured from `-dlse` alone: then the keys may be a part of those that `lse` is of.
+    `packed` is what the forward pass has handed over, None where there is nothing. Without `out` gradients of scores
+    are measured from `-dlse` alone: then the keys may be a part of those that `lse` is of.
     """
     grads = _gradients_like((query, key, value, phi_q, phi_k, table), needs_grad)
     _module(impl, "backward").launch(

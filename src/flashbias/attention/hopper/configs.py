@@ -207,7 +207,10 @@ class BackwardConfig:
 
 
 def backward_config(block_d: int, block_dv: int, block_r: int, block_g: int) -> BackwardConfig | None:
-    """Pick the tile shape of the fused backward pass; None where nothing fits into shared memory.
+    """Pick the tile shape of the fused backward pass; None where there is none.
+
+    Nothing may fit into shared memory; and beside wide values half of the columns of narrow queries would begin in the
+    middle of what the copy engine swizzles together.
 
     Args:
         block_d: width of queries and keys as held.
@@ -217,8 +220,11 @@ def backward_config(block_d: int, block_dv: int, block_r: int, block_g: int) -> 
     """
     width = max(block_d, block_dv)
     is_wide = width > ROWS
+    if is_wide and block_d <= ROWS:
+        return None
     config = BackwardConfig(
-        consumers=3 if width <= NARROWEST else 2,
+        # Wider sums of dphi_k leave three warpgroups too few registers.
+        consumers=3 if max(width, block_g) <= NARROWEST else 2,
         block_m=ROWS,
         stages=3 if NARROWEST < width <= 32 else 2,
         kv_stages=1 if is_wide else 2,
