@@ -128,7 +128,7 @@ def launch_as(
     dpq_box = dq_box if dpq is None else slabs.box_of(dpq)
     dpk_box = dq_box if dpk is None else descriptor(dpk, ROWS, block_g)
     schedule, blocks, pairs = schedule_of(config, ops)
-    kernel, own = _bwd_wide_kernel, {}
+    kernel, own = _bwd_wide_kernel, {"DQ_COLUMNS": dq_columns}
     if not config.is_wide:
         own = {
             "HOLDS_PHI": config.holds_phi, "HAS_IDLE": cdiv(ops.seqlen_k, ROWS) % config.consumers > 0,
@@ -153,7 +153,6 @@ def launch_as(
         BLOCK_DV=ops.block_dv,
         BLOCK_R=ops.columns,
         BLOCK_G=block_g,
-        DQ_COLUMNS=dq_columns,
         CONSUMERS=config.consumers,
         ALTERNATES=schedule.alternates,
         REGISTERS=config.registers,

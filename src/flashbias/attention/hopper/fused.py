@@ -213,14 +213,13 @@ def _sum_over_keys(
     dq_desc, dpq_desc, k_smem, pk_smem, ds_smem, dq_smem, dpq_smem, kv_full, kv_empty, ds_full, ds_empty, units, pairs,
     heads, num_blocks, num_heads, group, slabs, seqlen_q, shift, left, right, pq_s1, pq_v2, pq_s2,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SUM_DPQ: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_D: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr, DQ_COLUMNS: gl.constexpr,
-    k_layout: gl.constexpr, pk_layout: gl.constexpr, dq_layout: gl.constexpr, dpq_layout: gl.constexpr, CONSUMERS: gl.constexpr,
-    KV_STAGES: gl.constexpr, ALTERNATES: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr,
+    k_layout: gl.constexpr, pk_layout: gl.constexpr, dq_layout: gl.constexpr, dpq_layout: gl.constexpr,
+    CONSUMERS: gl.constexpr, KV_STAGES: gl.constexpr, ALTERNATES: gl.constexpr,
 ):  # fmt: skip
     """The last warpgroup: dq and dphi_q of each step, over the keys of all others."""
     BLOCK_N: gl.constexpr = ROWS * CONSUMERS
-    ACROSS: gl.constexpr = BLOCK_D // DQ_COLUMNS
-    sum_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQ_COLUMNS, 16])
+    dq_of_step: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     dphi_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_G, 16])
     step = 0
     for turn in range(turns_of(units, ALTERNATES)):
@@ -240,36 +239,29 @@ def _sum_over_keys(
                 row = turned_tile(lo, n, hi - lo, turned)
                 half = step & 1
                 mbarrier.wait(ds_full.index(half), (step >> 1) & 1)
-                for part in gl.static_range(ACROSS):
-                    dq = gl.zeros([BLOCK_M, DQ_COLUMNS], gl.float32, sum_layout)
-                    for c in gl.static_range(CONSUMERS):
-                        k = k_smem.index(keys + c)._reinterpret(k_smem.dtype, [ROWS, BLOCK_D], k_layout)
-                        dq = warpgroup_mma(
-                            ds_smem.index(half * CONSUMERS + c).permute((1, 0)),
-                            k.slice(part * DQ_COLUMNS, DQ_COLUMNS, dim=1), dq, use_acc=c > 0, is_async=True,
-                        )  # fmt: skip
-                    if SUM_DPQ and part == ACROSS - 1:
-                        dpq = gl.zeros([BLOCK_M, BLOCK_G], gl.float32, dphi_layout)
-                        for c in gl.static_range(CONSUMERS):
-                            pk = pk_smem.index(keys + c)._reinterpret(pk_smem.dtype, [ROWS, BLOCK_R], pk_layout)
-                            dpq = warpgroup_mma(
-                                ds_smem.index(half * CONSUMERS + c).permute((1, 0)), pk.slice(0, BLOCK_G, dim=1), dpq,
-                                use_acc=c > 0, is_async=True,
-                            )  # fmt: skip
-                        dq, dpq = warpgroup_mma_wait(0, deps=[dq, dpq])
-                    else:
-                        dq = warpgroup_mma_wait(0, deps=[dq])
-                    if part == ACROSS - 1:
-                        mbarrier.arrive(ds_empty.index(half))
-                    # Two buffers of dq, one of dphi_q: what was added before from the same one has left it.
-                    sums = dq_smem.index((step * ACROSS + part) & 1)
-                    store_wait(2 if SUM_DPQ else 1)
-                    sums._reinterpret(gl.float32, [BLOCK_M, DQ_COLUMNS], dq_layout).store(dq)
-                    fence_async_shared()
-                    slab = (bh * slabs + row) * ACROSS + part
-                    reduce_add(dq_desc, [slab * (ROWS * DQ_COLUMNS // LINE), 0], sums)
+                dq = gl.zeros([BLOCK_M, BLOCK_D], gl.float32, dq_of_step)
+                for c in gl.static_range(CONSUMERS):
+                    k = k_smem.index(keys + c)._reinterpret(k_smem.dtype, [ROWS, BLOCK_D], k_layout)
+                    ds = ds_smem.index(half * CONSUMERS + c).permute((1, 0))
+                    dq = warpgroup_mma(ds, k, dq, use_acc=c > 0, is_async=True)
                 if SUM_DPQ:
-                    store_wait(ACROSS)
+                    dpq = gl.zeros([BLOCK_M, BLOCK_G], gl.float32, dphi_layout)
+                    for c in gl.static_range(CONSUMERS):
+                        pk = pk_smem.index(keys + c)._reinterpret(pk_smem.dtype, [ROWS, BLOCK_R], pk_layout)
+                        ds = ds_smem.index(half * CONSUMERS + c).permute((1, 0))
+                        dpq = warpgroup_mma(ds, pk.slice(0, BLOCK_G, dim=1), dpq, use_acc=c > 0, is_async=True)
+                    dq, dpq = warpgroup_mma_wait(0, deps=[dq, dpq])
+                else:
+                    dq = warpgroup_mma_wait(0, deps=[dq])
+                mbarrier.arrive(ds_empty.index(half))
+                # Two buffers of dq, one of dphi_q: what was added before from the same one has left it.
+                sums = dq_smem.index(half)
+                store_wait(2 if SUM_DPQ else 1)
+                sums._reinterpret(gl.float32, [BLOCK_M, BLOCK_D], dq_layout).store(dq)
+                fence_async_shared()
+                reduce_add(dq_desc, [(bh * slabs + row) * (ROWS * BLOCK_D // LINE), 0], sums)
+                if SUM_DPQ:
+                    store_wait(1)
                     dpq_smem._reinterpret(gl.float32, [BLOCK_M, BLOCK_G], dpq_layout).store(dpq)
                     fence_async_shared()
                     reduce_add(dpq_desc, [(f_q * slabs + row) * (ROWS * BLOCK_G // LINE), 0], dpq_smem)
@@ -377,7 +369,7 @@ def _bwd_kernel(
     right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
     HAS_TAIL: gl.constexpr, HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr, SUM_DPK: gl.constexpr, STAGES: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr,
-    HOLDS_PHI: gl.constexpr, HAS_IDLE: gl.constexpr, DQ_COLUMNS: gl.constexpr, CONSUMERS: gl.constexpr,
+    HOLDS_PHI: gl.constexpr, HAS_IDLE: gl.constexpr, CONSUMERS: gl.constexpr,
     KV_STAGES: gl.constexpr, ALTERNATES: gl.constexpr, REGISTERS: gl.constexpr, SUM_REGISTERS: gl.constexpr,
     q_layout: gl.constexpr, k_layout: gl.constexpr, v_layout: gl.constexpr, do_layout: gl.constexpr,
     pq_layout: gl.constexpr, pk_layout: gl.constexpr, ds_layout: gl.constexpr, dq_layout: gl.constexpr,
@@ -397,7 +389,7 @@ def _bwd_kernel(
         pq_smem = gl.allocate_shared_memory(pq_desc.dtype, [STAGES, 1, BLOCK_M, BLOCK_R], pq_desc.layout)
         pk_smem = gl.allocate_shared_memory(pk_desc.dtype, [KEYS, 1, ROWS, BLOCK_R], pk_desc.layout)
     ds_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * CONSUMERS, ROWS, BLOCK_M], ds_layout)
-    dq_smem = gl.allocate_shared_memory(gl.float32, [2, BLOCK_M * DQ_COLUMNS // LINE, LINE], dq_desc.layout)
+    dq_smem = gl.allocate_shared_memory(gl.float32, [2, BLOCK_M * BLOCK_D // LINE, LINE], dq_desc.layout)
     dpq_smem = dq_smem
     dpk_smem = dq_smem
     if SUM_DPQ:
@@ -445,7 +437,7 @@ def _bwd_kernel(
                 (_sum_over_keys, (dq_desc, dpq_desc, k_smem, pk_smem, ds_smem, dq_smem, dpq_smem, kv_full, kv_empty,
                                   ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, slabs, seqlen_q,
                                   shift, left, right, pq_s1, pq_v2, pq_s2, HAS_LEFT, HAS_RIGHT, SUM_DPQ, BLOCK_M,
-                                  BLOCK_D, BLOCK_R, BLOCK_G, DQ_COLUMNS, k_layout, pk_layout, dq_layout, dpq_layout, CONSUMERS,
+                                  BLOCK_D, BLOCK_R, BLOCK_G, k_layout, pk_layout, dq_layout, dpq_layout, CONSUMERS,
                                   KV_STAGES, ALTERNATES)),
                 (produce, (q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, lse_ptr, delta_ptr, q_smem, k_smem,
                            v_smem, do_smem, pq_smem, pk_smem, lse_smem, delta_smem, kv_full, kv_empty, q_full, q_empty,
@@ -483,7 +475,7 @@ def _bwd_kernel(
                 (_sum_over_keys, (dq_desc, dpq_desc, k_smem, pk_smem, ds_smem, dq_smem, dpq_smem, kv_full, kv_empty,
                                   ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, slabs, seqlen_q,
                                   shift, left, right, pq_s1, pq_v2, pq_s2, HAS_LEFT, HAS_RIGHT, SUM_DPQ, BLOCK_M,
-                                  BLOCK_D, BLOCK_R, BLOCK_G, DQ_COLUMNS, k_layout, pk_layout, dq_layout, dpq_layout, CONSUMERS,
+                                  BLOCK_D, BLOCK_R, BLOCK_G, k_layout, pk_layout, dq_layout, dpq_layout, CONSUMERS,
                                   KV_STAGES, ALTERNATES)),
                 (produce, (q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, lse_ptr, delta_ptr, q_smem, k_smem,
                            v_smem, do_smem, pq_smem, pk_smem, lse_smem, delta_smem, kv_full, kv_empty, q_full, q_empty,
