@@ -107,6 +107,14 @@ def test_a_process_that_dies_between_rows_costs_none(timer, mine, tmp_path):
     assert timer.measure(job(mine["log"]), 30).status == "ok"
 
 
+def test_a_spare_that_died_while_it_waited_costs_none(timer, mine, started):
+    assert timer.measure(job(mine["log"]), 30).status == "ok"
+    started[1]._process.kill()
+    started[1]._process.join()
+    assert timer.measure(job(mine["crash"]), 30).status.startswith("error: process died")
+    assert timer.measure(job(registry()["ours/sdpa"]), 30).status == "ok"
+
+
 def test_a_hang_does_not_outlast_the_run(tmp_path, mine):
     began = time.monotonic()
     path = bench.run(

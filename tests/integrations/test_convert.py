@@ -59,3 +59,11 @@ def test_a_model_of_another_configuration_is_refused() -> None:
         unpatched_state_dict(swin(2), state)
     with pytest.raises(ValueError, match="state_dict has factors of 'elsewhere', which is no table over fixed places"):
         unpatched_state_dict(swin(), {**swin().state_dict(), "elsewhere_flashbias_factors.phi_q": torch.ones(1, 16, 1)})
+
+
+def test_half_a_pair_of_factors_is_refused() -> None:
+    state = saved(swin())
+    missing = next(name for name in state if name.endswith("phi_k"))
+    del state[missing]
+    with pytest.raises(ValueError, match=r"phi_q' without its phi_k: both must have been saved"):
+        unpatched_state_dict(swin(), state)

@@ -111,6 +111,9 @@ class IsolatedTimer:
         """
         if self._worker is not None and not self._worker.is_alive():
             self._stop_worker()  # it has died since its last row, which is not this one's fault
+        if self._spare is not None and not self._spare.is_alive():
+            self._spare.close()  # nor is it that a spare has died while it waited
+            self._spare = None
         worker = self._worker = self._worker or self._spare or self._new()
         if worker is self._spare:
             self._spare = None

@@ -45,9 +45,11 @@ def warm(jobs: Iterable[Job], settings: Settings, processes: int, ends: float = 
         when it is measured.
     """
     units = deque(_units(jobs, torch.device(settings.device).type))
-    hands = [_Hand(Worker(settings)) for _ in range(min(processes, len(units)))]
+    hands: list[_Hand] = []
     failures: dict[str, str] = {}
     try:
+        for _ in range(min(processes, len(units))):
+            hands.append(_Hand(Worker(settings)))
         while hands and time.monotonic() < ends:
             first_end = min(ends, *(hand.until for hand in hands))
             timeout = max(0.0, min(first_end - time.monotonic(), 3600.0))

@@ -139,7 +139,8 @@ class _RingAttention(torch.autograd.Function):
         for step, visiting in _circulate(plan, keys, "forward"):
             for tile in plan.tiles(plan.source(step)):
                 merged.add(tile.queries, *attention_block(_block(plan, tile, queries, visiting), plan.impl))
-        out = merged.out.to(queries.query.dtype)
+        # Where this rank has met no key, the sums are still zeros that take no memory.
+        out = merged.out.to(queries.query.dtype).contiguous()
         ctx.plan = plan
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, out, merged.lse)

@@ -65,6 +65,8 @@ def unpatched_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> 
     written = []
     for name, table in _tables(plain):
         if name in factors:
+            if f"{name}{SUFFIX}.phi_k" not in state_dict:
+                raise ValueError(f"state_dict has '{name}{SUFFIX}.phi_q' without its phi_k: both must have been saved")
             bias = FactoredBias(factors.pop(name), state_dict[f"{name}{SUFFIX}.phi_k"])
             written.append(table(bias).fit(name, LowRankBias.from_bias(bias)))
     if factors:

@@ -360,4 +360,4 @@ def splits_of(walk: Sharing, slots: int) -> int:
     def steps(splits: int) -> int:
         return cdiv(walk.groups * splits, slots) * (cdiv(walk.members, splits) + BEFORE)
 
-    return min(range(1, walk.members + 1), key=steps)
+    return min(range(1, min(walk.members, slots) + 1), key=steps)
