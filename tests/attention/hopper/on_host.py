@@ -409,8 +409,12 @@ class _Either(View):
 
 
 @contextmanager
-def on_host(device: Device, modules: Sequence[ModuleType]) -> Iterator[None]:
-    """Let the functions of these modules run as Python, on a device that is none."""
+def on_host(device: Device, modules: Sequence[ModuleType]) -> Iterator[pytest.MonkeyPatch]:
+    """Let the functions of these modules run as Python, on a device that is none.
+
+    What a caller replaces besides goes through the patch that is handed out: one that began earlier would be
+    undone later, and put back what stands here meanwhile.
+    """
     names = {
         "gl": device.gl, "mbarrier": device.mbarrier, "load": device.load, "store": device.store,
         "reduce_add": device.reduce_add, "store_wait": device.store_wait, "fence_async_shared": device.fence,
@@ -426,7 +430,7 @@ def on_host(device: Device, modules: Sequence[ModuleType]) -> Iterator[None]:
                 elif isinstance(value, constexpr):
                     own = value.value
                     patch.setattr(module, name, Int(own) if type(own) is int else own)
-        yield
+        yield patch
 
 
 class Launched:

@@ -162,7 +162,7 @@ def computed(problem: Problem, leaves: dict[str, Tensor], scale: float, dout: Te
     needs = (True, True, True, problem.learns and problem.rank > 0, problem.learns and problem.rank > 0, False)
 
     device = Device(seed)
-    with pytest.MonkeyPatch.context() as patch, on_host(device, (fused, wide, tiles)):
+    with on_host(device, (fused, wide, tiles)) as patch:
         patch.setattr(backward, "multiprocessors", lambda _: problem.programs)
         patch.setattr(backward.portable, "rows_of", lambda *_: (lse2, deltas))
         patch.setattr(backward, "descriptor", lambda t, r, c: Box(t, r, c))

@@ -130,7 +130,7 @@ def computed(problem: Problem, x: dict[str, Tensor], scale: float, seed: int) ->
     out, lse = torch.full((1, h, n, problem.width_v), math.nan), torch.full((h, n), math.nan)
     device = Device(seed)
     tickets = itertools.count()
-    with pytest.MonkeyPatch.context() as patch, on_host(device, (forward, tiles, scores)):
+    with on_host(device, (forward, tiles, scores)) as patch:
         patch.setattr(tiles, "ticket", lambda _: next(tickets))
         patch.setattr(forward, "multiprocessors", lambda _: problem.programs)
         patch.setattr(forward, "descriptor", lambda t, r, c: Box(t, r, c))
