@@ -1,4 +1,4 @@
-"""Times, memory and verdicts of all ranks together."""
+"""Times and verdicts of all ranks together."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ import torch.distributed as dist
 
 from flashbias.attention import block
 
-__all__ = ["Timed", "agreed", "over_ranks", "peak_mib", "timed", "which_ran"]
+__all__ = ["Timed", "agreed", "over_ranks", "timed", "which_ran"]
 
 MOST_REPEATS = 7
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -71,21 +70,6 @@ def _once(call: Callable[[], object], device: torch.device, is_alone: bool) -> f
         end.synchronize()
         ms = begin.elapsed_time(end)
     return ms if is_alone else over_ranks(ms, device)
-
-
-@contextmanager
-def peak_mib(device: torch.device) -> Iterator[list[float]]:
-    """Append the highest memory that torch's allocator holds in the block, beyond what it held before."""
-    found: list[float] = []
-    if device.type == "cpu":
-        yield found
-        return
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    yield found
-    torch.cuda.synchronize()
-    found.append((torch.cuda.max_memory_allocated() - before) / MIB)
 
 
 @contextmanager

@@ -7,13 +7,14 @@ import time
 
 import torch
 import torch.distributed as dist
-from benchmarks.distributed.clock import agreed, over_ranks, peak_mib, timed, which_ran
+from benchmarks.distributed.clock import agreed, over_ranks, timed, which_ran
 from benchmarks.distributed.problem import ALONE, Part, Way, relative_error, sample, theory, ways, work
 from benchmarks.record import Row, read, say, write
 from torch import Tensor
 
 import flashbias.distributed as cp
 from flashbias.bench.cases import Case
+from flashbias.bench.measure import peak_mib
 from flashbias.distributed.simulate import measure_link
 
 __all__ = ["NAME", "Run"]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Measurement", "measure"]
+__all__ = ["Measurement", "measure", "peak_mib"]
 
 FLUSH_BYTES = 256 * 2**20  # several times the L2 cache of any GPU
 MAX_REPETITIONS = 1000
@@ -52,18 +53,32 @@ def measure(
         min_repetitions: how often to repeat it at least, whatever the budget says.
     """
     timer = _time_on_gpu if device.type == "cuda" else _time_on_cpu
-    peak = _peak_mib(call) if device.type == "cuda" else None
+    peak = None
+    if device.type == "cuda":
+        with peak_mib(device) as found:
+            call()
+        (peak,) = found
     times = sorted(timer(call, budget_s, min_repetitions))
     return Measurement(_quantile(times, 0.5), _quantile(times, 0.1), _quantile(times, 0.9), peak, len(times))
 
 
-def _peak_mib(call: Callable[[], object]) -> float:
+@contextmanager
+def peak_mib(device: torch.device) -> Iterator[list[float]]:
+    """Append the highest memory that torch's allocator holds in the block, beyond what it held before; on a GPU only.
+
+    Args:
+        device: where the block's work runs; with a CPU the list stays empty.
+    """
+    found: list[float] = []
+    if device.type == "cpu":
+        yield found
+        return
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    call()
+    yield found
     torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / MIB
+    found.append((torch.cuda.max_memory_allocated() - before) / MIB)
 
 
 def _time_on_gpu(call: Callable[[], object], budget_s: float, min_repetitions: int) -> list[float]:

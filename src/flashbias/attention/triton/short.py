@@ -13,6 +13,7 @@ the loads of the next windows are in flight while one is worked on.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -20,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashbias.attention.layout import Sharing, cdiv, common
-from flashbias.attention.triton.configs import SHORT, walk_config
+from flashbias.attention.triton.configs import SHORT, WalkConfig, walk_config
 from flashbias.attention.triton.operands import Operands, multiprocessors, strides_of
 from flashbias.attention.triton.primitives import (
     LN2,
@@ -341,16 +342,24 @@ def launch(ops: Operands, out: Tensor, lse: Tensor) -> None:
         out_ptr=out,
         lse_ptr=lse,
         **strides_of("o", out),
-        walk_s1=walk.s1,
-        walk_v2=walk.v2,
-        members_per_split=cdiv(walk.members, splits),
-        FTZ=is_cuda(ops.q),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        STAGES=config.num_stages,
-        num_warps=config.num_warps,
-        num_stages=1,  # of other loops: that over chunks of wide factors runs once, and its buffers would be in the way
+        **walk_arguments(ops, walk, splits, config),
     )
+
+
+def walk_arguments(ops: Operands, walk: Sharing, splits: int, config: WalkConfig) -> dict[str, Any]:
+    """What both kernels are told of a walk and of how it runs."""
+    return {
+        "walk_s1": walk.s1,
+        "walk_v2": walk.v2,
+        "members_per_split": cdiv(walk.members, splits),
+        "FTZ": is_cuda(ops.q),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "STAGES": config.num_stages,
+        "num_warps": config.num_warps,
+        # Of other loops: that over chunks of wide factors runs once, and its buffers would be in the way.
+        "num_stages": 1,
+    }
 
 
 @functools.lru_cache(maxsize=1024)

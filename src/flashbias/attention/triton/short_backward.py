@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashbias.attention.layout import cdiv, next_power_of_2
+from flashbias.attention.layout import next_power_of_2
 from flashbias.attention.triton import short
 from flashbias.attention.triton.configs import walk_config
 from flashbias.attention.triton.operands import Operands, multiprocessors, strides_of
@@ -314,20 +314,12 @@ def launch(
         dphi_k_ptr=partials[1],
         stride_dphi_qs=partials[0].stride(0),
         stride_dphi_ks=partials[1].stride(0),
-        walk_s1=walk.s1,
-        walk_v2=walk.v2,
-        members_per_split=cdiv(walk.members, splits),
+        **short.walk_arguments(ops, walk, splits, config),
         dphi_k_mult=1.0 if factors is None else factors.dphi_k_mult,
-        FTZ=short.is_cuda(ops.q),
         HAS_DLSE=dlse is not None,
         IS_PACKED=factors is not None and factors.terms > 1,
         STORE_DPHI=need_phi,
         BLOCK_G=max(16, next_power_of_2(rank)),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        STAGES=config.num_stages,
-        num_warps=config.num_warps,
-        num_stages=1,  # of other loops than that over windows
     )
     for need, grad, partial, sharing in (
         (needs_grad[3], grads[3], partials[0], ops.sharing_q),
