@@ -15,7 +15,8 @@ from torch import Tensor
 import flashbias.distributed as cp
 from flashbias.bench.cases import Case
 from flashbias.bench.measure import peak_mib
-from flashbias.distributed.simulate import measure_link
+from flashbias.distributed.errors import RankError
+from flashbias.distributed.simulate import LARGEST_MESSAGE, measure_link
 
 __all__ = ["NAME", "Run"]
 
@@ -30,7 +31,6 @@ PASSES = ("fwd", "fwdbwd")
 COMPILING = 10.0
 """Seconds that a new length may cost beyond its passes, each of which runs twice at least."""
 
-LARGEST_MESSAGE = 1 << 28
 COLUMNS = (
     "case", "n", "strategy", "order", "cp_size", "pass", "ms", "repeats", "efficiency", "peak_mib", "sent_mb",
     "theory_mb", "bias_share", "bias_share_theory", "error", "impl", "dense_bias_gb", "status",
@@ -79,7 +79,13 @@ class Run:
         if self.size == 1 or "link" in self.summary:
             return
         top = 1 << 22 if self.arguments.small else LARGEST_MESSAGE
-        found = measure_link(sizes=[top >> 12, top >> 8, top >> 4, top >> 2, top], device=self.device)
+        try:
+            found = measure_link(sizes=[top >> 12, top >> 8, top >> 4, top >> 2, top], device=self.device)
+        except RankError:
+            raise
+        except RuntimeError as error:  # on all ranks alike; the problems are measured all the same
+            self.say(f"no link: {error}")
+            return
         self.summary["link"] = {"alpha_s": found.alpha, "beta_bytes_per_s": found.beta}
         self.say(f"a hop takes {1e6 * found.alpha:.1f} us + bytes / {found.beta / 1e9:.1f} GB/s")
 

@@ -7,11 +7,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from benchmarks.distributed.page import PAGE, rewritten, write_page
 from benchmarks.distributed.problem import ALONE, Part, Way, points, relative_error, sample, theory
+from benchmarks.distributed.run import Run
+
+from flashbias.distributed import RankError
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "benchmarks" / "results" / "h200x2"
@@ -79,6 +83,25 @@ def test_the_documentation_shows_the_committed_run() -> None:
         assert rewritten(PAGE.read_text(), COMMITTED) == PAGE.read_text()
     else:
         assert "No run on GPUs is recorded here yet." in PAGE.read_text()
+
+
+def test_a_run_goes_on_without_a_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    run = SimpleNamespace(
+        size=2, summary={}, arguments=SimpleNamespace(small=True), device=torch.device("cpu"), say=said.append
+    )
+
+    def fails(error: Exception) -> None:
+        def measure(**_: object) -> None:
+            raise error
+
+        monkeypatch.setattr("benchmarks.distributed.run.measure_link", measure)
+        Run.link(run)  # type: ignore[arg-type]
+
+    fails(RuntimeError("times do not grow with sizes"))
+    assert said == ["no link: times do not grow with sizes"] and run.summary == {}
+    with pytest.raises(RankError):
+        fails(RankError("gone", 0, (1,), "a measurement"))
 
 
 def test_rows_of_all_ranks_make_the_sample() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from tests.distributed.ranks import Failure, Place, Ranks
 
+import flashbias.distributed.simulate as simulation
 from flashbias.distributed.simulate import (
     BACKWARD_WORK,
     Link,
@@ -107,6 +108,21 @@ def test_a_link_is_measured_alike_on_all_ranks(ranks: Ranks) -> None:
     (answer,) = ranks.call(alone, size=1)
     assert isinstance(answer, Failure) and isinstance(answer.error, ValueError)
     assert "needs two ranks and two sizes at least, got 1 ranks" in str(answer.error)
+
+
+def measured_on_a_busy_machine(place: Place, rate: float) -> Link:
+    """Every hop waits 4 ms for a turn of the processor; no message is sent."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simulation, "_hop_seconds", lambda circle, size, repeats, device: 4e-3 + size * rate)
+        return measure_link(place.group, sizes=(1 << 10, 1 << 20))
+
+
+def test_a_link_hidden_by_latency_is_measured_with_larger_messages(ranks: Ranks) -> None:
+    for link in ranks.results(measured_on_a_busy_machine, 1e-9, size=2):
+        assert (link.alpha, link.beta) == (pytest.approx(4e-3), pytest.approx(1e9))
+    for answer in ranks.call(measured_on_a_busy_machine, 0.0, size=2):
+        assert isinstance(answer, Failure) and isinstance(answer.error, RuntimeError)
+        assert "times do not grow with sizes" in str(answer.error) and f"{1 << 28:,} bytes" in str(answer.error)
 
 
 def alone(place: Place) -> Link:

@@ -42,6 +42,9 @@ BACKWARD_WORK = 2.5
 ROUNDS = 3
 """How often each size is timed when a link is measured."""
 
+LARGEST_MESSAGE = 1 << 28
+"""Bytes up to which a measurement goes in search of the bandwidth."""
+
 
 @dataclass(frozen=True)
 class Link:
@@ -303,7 +306,9 @@ def measure_link(
     """Measure what a hop of the ring costs: every rank sends to the next and receives from the one before, at once.
 
     Fits `alpha + bytes / beta` by least squares, relative errors counting alike. Every rank of the group calls it. Of
-    each size the fastest of `ROUNDS` rounds counts, so that what else runs on the machine does not.
+    each size the fastest of `ROUNDS` rounds counts, so that what else runs on the machine does not. Where latency hides
+    the bandwidth still, as on processors that other work shares, messages four times as large follow, until one takes
+    twice the time of the smallest or is of `LARGEST_MESSAGE` bytes.
 
     Args:
         group: the ranks; default all.
@@ -317,14 +322,23 @@ def measure_link(
     Raises:
         ValueError: a group of one rank, or fewer than two sizes.
         RankError: a rank did not answer.
-        RuntimeError: large messages took no longer than small ones, so there is no bandwidth to be seen.
+        RuntimeError: the largest messages took no longer than small ones, so there is no bandwidth to be seen.
     """
     circle: Circle = Topology.of(None, group).ring
     if circle.size < 2 or len(set(sizes)) < 2:
         raise ValueError(f"needs two ranks and two sizes at least, got {circle.size} ranks and sizes {tuple(sizes)}")
-    seconds = [min(_hop_seconds(circle, size, repeats, device) for _ in range(ROUNDS)) for size in sizes]
-    slowest = circle.gather(torch.tensor(seconds, dtype=torch.float64, device=device)).amax(0)
-    return fitted_link(sizes, slowest.tolist())
+    timed = sorted(set(sizes))
+    seconds = [_slowest_hop(circle, size, repeats, device) for size in timed]
+    while seconds[-1] < 2 * seconds[0] and 4 * timed[-1] <= LARGEST_MESSAGE:
+        timed.append(4 * timed[-1])
+        seconds.append(_slowest_hop(circle, timed[-1], repeats, device))
+    return fitted_link(timed, seconds)
+
+
+def _slowest_hop(circle: Circle, size: int, repeats: int, device: torch.device | str) -> float:
+    """What a hop takes the slowest rank, each in its fastest round; all ranks get the same number."""
+    fastest = min(_hop_seconds(circle, size, repeats, device) for _ in range(ROUNDS))
+    return circle.gather(torch.tensor([fastest], dtype=torch.float64, device=device)).max().item()
 
 
 def _hop_seconds(circle: Circle, size: int, repeats: int, device: torch.device | str) -> float:
