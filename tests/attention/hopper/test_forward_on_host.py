@@ -19,7 +19,7 @@ if INTERPRETED:
 
 from tests.attention.hopper.on_host import Box, Device, Launched, PackedBox, on_host
 
-from flashbias.attention.hopper import forward, scores, tiles
+from flashbias.attention.hopper import forward, online, scores, tiles
 from flashbias.attention.hopper.configs import Config, forward_config
 from flashbias.attention.hopper.operands import Centring, Shape
 from flashbias.attention.layout import Sharing
@@ -130,13 +130,13 @@ def computed(problem: Problem, x: dict[str, Tensor], scale: float, seed: int) ->
     out, lse = torch.full((1, h, n, problem.width_v), math.nan), torch.full((h, n), math.nan)
     device = Device(seed)
     tickets = itertools.count()
-    with on_host(device, (forward, tiles, scores)) as patch:
+    with on_host(device, (online, tiles, scores)) as patch:
         patch.setattr(tiles, "ticket", lambda _: next(tickets))
         patch.setattr(forward, "multiprocessors", lambda _: problem.programs)
         patch.setattr(forward, "descriptor", lambda t, r, c: Box(t, r, c))
         patch.setattr(forward, "packed", lambda t, r, c: PackedBox(t, r, c))
         patch.setattr(forward, "matrix", lambda _: None)
-        patch.setattr(forward, "_fwd_kernel", Launched(forward._fwd_kernel, device))
+        patch.setattr(forward, "_fwd_kernel", Launched(online._fwd_kernel, device))
         assert not forward.schedule_of(problem.config, shape, problem.programs).is_split
         forward.launch_as(problem.config, ops, out, lse)
     return out[0], lse
