@@ -1,4 +1,4 @@
-"""Forward pass: one kernel for all shapes, and one that joins the parts of a split key range."""
+"""Forward pass: one kernel for all shapes."""
 
 # Triton's language is untyped: jitted functions take and return what annotations cannot say.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportReturnType=false
@@ -9,10 +9,11 @@ import torch
 import triton
 import triton.language as tl
 
-from flashbias.attention.layout import cdiv, next_power_of_2
+from flashbias.attention.layout import cdiv
 from flashbias.attention.triton import short
 from flashbias.attention.triton.assembler import soundly_assembled
 from flashbias.attention.triton.configs import choose
+from flashbias.attention.triton.join import join
 from flashbias.attention.triton.operands import Operands
 from flashbias.attention.triton.primitives import (
     LN2,
@@ -396,41 +397,6 @@ def _fwd_kernel(
     tl.store(lse_ptr + start_m + offs_m, lse, mask=(start_m + offs_m) < seqlen_q)
 
 
-@triton.jit
-def _combine_kernel(
-    part_ptr,
-    part_lse_ptr,
-    out_ptr,
-    lse_ptr,
-    stride_ob,
-    stride_oh,
-    stride_on,
-    num_heads,
-    seqlen_q,
-    head_dim_v,
-    num_splits,
-    BLOCK_S: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):
-    """Join the parts of a split key range, weighted by their log-sum-exp; one program per query row."""
-    row = tl.cast(tl.program_id(0), tl.int64)
-    rows = tl.num_programs(0)
-    offs_s = tl.arange(0, BLOCK_S)
-    offs_d = tl.arange(0, BLOCK_DV)
-    inside = offs_s < num_splits
-    lse = tl.load(part_lse_ptr + offs_s * rows + row, mask=inside, other=float("-inf"))
-    top = tl.max(lse, 0)
-    weight = tl.exp(lse - tl.where(top == float("-inf"), 0.0, top))
-    total = tl.sum(weight, 0)
-    ptrs = part_ptr + (offs_s[:, None] * rows + row) * head_dim_v + offs_d[None, :]
-    parts = tl.load(ptrs, mask=inside[:, None] & (offs_d < head_dim_v)[None, :], other=0.0)
-    out = tl.sum(parts * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
-    bh = row // seqlen_q
-    base = (bh // num_heads) * stride_ob + (bh % num_heads) * stride_oh + (row % seqlen_q) * stride_on
-    tl.store(out_ptr + base + offs_d, out.to(out_ptr.dtype.element_ty), mask=offs_d < head_dim_v)
-    tl.store(lse_ptr + row, tl.where(total == 0.0, float("-inf"), top + tl.log(total)))
-
-
 @soundly_assembled
 def launch(out: torch.Tensor, lse: torch.Tensor, *arguments: Any) -> None:
     """Fill `out` and `lse`; the arguments are those that the operators share (`attention/registration.py`)."""
@@ -468,16 +434,4 @@ def launch(out: torch.Tensor, lse: torch.Tensor, *arguments: Any) -> None:
         maxnreg=config.maxnreg,
     )
     if splits > 1:
-        _combine_kernel[(lse.numel(),)](
-            target,
-            target_lse,
-            out_flat,
-            lse,
-            *out_flat.stride()[:3],
-            ops.num_heads,
-            ops.seqlen_q,
-            ops.head_dim_v,
-            splits,
-            BLOCK_S=next_power_of_2(splits),
-            BLOCK_DV=next_power_of_2(ops.head_dim_v),
-        )
+        join(target, target_lse, out_flat, lse)
