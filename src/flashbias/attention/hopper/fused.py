@@ -33,7 +33,7 @@ from flashbias.attention.hopper.gluon import (
 )
 from flashbias.attention.hopper.slabs import LINE as _LINE
 from flashbias.attention.hopper.tiles import ROWS, exp2, own_index, place_of, query_tiles, turns_of, unit_of
-from flashbias.attention.triton.primitives import LOG2E
+from flashbias.attention.triton.scores import LOG2E
 
 LINE = gl.constexpr(_LINE)
 """Numbers of a row of a box of slabs."""

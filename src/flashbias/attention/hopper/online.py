@@ -29,7 +29,7 @@ from flashbias.attention.hopper.tiles import (
     place_in_batch,
     store_rows,
 )
-from flashbias.attention.triton.primitives import LN2, LOG2E
+from flashbias.attention.triton.scores import LN2, LOG2E
 
 
 @jit

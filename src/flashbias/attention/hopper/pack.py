@@ -9,7 +9,7 @@ from flashbias.attention import packing
 from flashbias.attention.hopper.configs import columns_of
 from flashbias.attention.packing import Form, Handed
 from flashbias.attention.triton.pack import Factors, by_group, packed_pair
-from flashbias.attention.triton.primitives import READY
+from flashbias.attention.triton.scores import READY
 
 __all__ = ["ReadyFactors"]
 

@@ -7,7 +7,7 @@
 from flashbias.attention import packing
 from flashbias.attention.hopper.gluon import gl, jit
 from flashbias.attention.hopper.tiles import ROWS, exp2, owner_of
-from flashbias.attention.triton.primitives import LOG2E
+from flashbias.attention.triton.scores import LOG2E
 
 CENTRE_TILE = gl.constexpr(packing.CENTRE_TILE)
 """Keys that share a centre: a tile of keys lies within them, and 64 queries lie opposite to them."""

@@ -22,7 +22,7 @@ from flashbias.attention.hopper.gluon import (
     warpgroup_mma_wait,
 )
 from flashbias.attention.hopper.tiles import ROWS, own_index, query_tiles, turns_of, unit_of
-from flashbias.attention.triton.primitives import LOG2E
+from flashbias.attention.triton.scores import LOG2E
 
 
 @jit

@@ -31,7 +31,8 @@ from flashbias.attention.triton.configs import Config, choose
 from flashbias.attention.triton.dkdv import _bwd_dkdv_kernel
 from flashbias.attention.triton.dq import _bwd_dq_kernel
 from flashbias.attention.triton.operands import Operands, flattened, multiprocessors, strides_of, walk_sizes
-from flashbias.attention.triton.primitives import LOG2E, load_tile
+from flashbias.attention.triton.scores import LOG2E
+from flashbias.attention.triton.tiles import load_tile
 
 
 @triton.jit

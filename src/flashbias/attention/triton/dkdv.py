@@ -6,24 +6,26 @@
 import triton
 import triton.language as tl
 
-from flashbias.attention.triton.primitives import (
+from flashbias.attention.triton.centring import tile_offset
+from flashbias.attention.triton.products import product
+from flashbias.attention.triton.scores import (
     LOG2E,
     add_factor_gradient,
     chunked_bias,
-    group_of,
     load_codes,
+    rescaled,
+    scores,
+    weights_and_gradients,
+)
+from flashbias.attention.triton.tiles import (
+    group_of,
     load_factor,
     load_rows,
     load_tile,
     locate,
     member_of,
-    product,
     query_range,
-    rescaled,
-    scores,
     store_tile,
-    tile_offset,
-    weights_and_gradients,
 )
 
 

@@ -6,25 +6,26 @@
 import triton
 import triton.language as tl
 
-from flashbias.attention.triton.primitives import (
+from flashbias.attention.triton.centring import centre_step, tile_offset
+from flashbias.attention.triton.products import product
+from flashbias.attention.triton.scores import (
     LOG2E,
     add_factor_gradient,
-    centre_step,
     chunked_bias,
+    load_codes,
+    rescaled,
+    scores,
+    weights_and_gradients,
+)
+from flashbias.attention.triton.tiles import (
     group_of,
     key_range,
-    load_codes,
     load_factor,
     load_rows,
     load_tile,
     locate,
     member_of,
-    product,
-    rescaled,
-    scores,
     store_tile,
-    tile_offset,
-    weights_and_gradients,
 )
 
 

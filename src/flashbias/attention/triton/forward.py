@@ -12,29 +12,24 @@ import triton.language as tl
 from flashbias.attention.layout import cdiv
 from flashbias.attention.triton import short
 from flashbias.attention.triton.assembler import soundly_assembled
+from flashbias.attention.triton.centring import tile_offset
 from flashbias.attention.triton.configs import choose
 from flashbias.attention.triton.join import join
 from flashbias.attention.triton.operands import Operands
-from flashbias.attention.triton.primitives import (
+from flashbias.attention.triton.products import product
+from flashbias.attention.triton.scores import (
     LN2,
     LOG2E,
     add_table,
     band,
     chunked_bias,
     dropout_keep,
-    group_of,
-    key_range,
     load_codes,
-    load_factor,
     load_mask,
-    load_tile,
-    locate,
-    product,
     rescaled,
     scores,
-    store_tile,
-    tile_offset,
 )
+from flashbias.attention.triton.tiles import group_of, key_range, load_factor, load_tile, locate, store_tile
 
 EDGE = 64
 """Keys of a tile at the edge of the band or of the sequence: small, so that less of it is wasted."""

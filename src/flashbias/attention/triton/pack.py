@@ -19,7 +19,8 @@ from torch import Tensor
 from flashbias.attention import packing
 from flashbias.attention.layout import cdiv, flatten_heads, next_power_of_2
 from flashbias.attention.packing import Form, Handed
-from flashbias.attention.triton.primitives import EXACT, READY, UNSCALED, centre_of
+from flashbias.attention.triton.centring import centre_of
+from flashbias.attention.triton.scores import EXACT, READY, UNSCALED
 
 __all__ = ["FACTOR_STRIDES", "Factors", "by_group", "packed_pair"]
 

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from flashbias.attention.layout import Sharing, cdiv, next_power_of_2
 from flashbias.attention.triton.operands import Operands, multiprocessors
-from flashbias.attention.triton.primitives import LOG2E, load_tile, member_of, product
+from flashbias.attention.triton.products import product
+from flashbias.attention.triton.scores import LOG2E
+from flashbias.attention.triton.tiles import load_tile, member_of
 
 __all__ = ["is_possible", "launch"]
 

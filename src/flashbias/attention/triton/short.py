@@ -23,7 +23,8 @@ from torch import Tensor
 from flashbias.attention.layout import Sharing, cdiv, common
 from flashbias.attention.triton.configs import SHORT, WalkConfig, walk_config
 from flashbias.attention.triton.operands import Operands, multiprocessors, strides_of
-from flashbias.attention.triton.primitives import (
+from flashbias.attention.triton.products import product
+from flashbias.attention.triton.scores import (
     LN2,
     LOG2E,
     READY,
@@ -31,14 +32,10 @@ from flashbias.attention.triton.primitives import (
     band,
     chunked_bias,
     dropout_keep,
-    group_of,
     load_codes,
     load_mask,
-    load_tile,
-    member_of,
-    product,
-    store_tile,
 )
+from flashbias.attention.triton.tiles import group_of, load_tile, member_of, store_tile
 
 __all__ = ["fits", "launch", "splits_of", "walk_of"]
 

@@ -24,17 +24,10 @@ from flashbias.attention.layout import next_power_of_2
 from flashbias.attention.triton import short
 from flashbias.attention.triton.configs import walk_config
 from flashbias.attention.triton.operands import Operands, multiprocessors, strides_of
-from flashbias.attention.triton.primitives import (
-    LOG2E,
-    dropout_keep,
-    group_of,
-    load_factor,
-    load_tile,
-    member_of,
-    product,
-    store_tile,
-)
+from flashbias.attention.triton.products import product
+from flashbias.attention.triton.scores import LOG2E, dropout_keep
 from flashbias.attention.triton.short import power, window_bias
+from flashbias.attention.triton.tiles import group_of, load_factor, load_tile, member_of, store_tile
 
 __all__ = ["fits", "launch"]
 

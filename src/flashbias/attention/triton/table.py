@@ -16,26 +16,21 @@ import triton
 import triton.language as tl
 
 from flashbias.attention.layout import Sharing, cdiv
+from flashbias.attention.triton.centring import tile_offset
 from flashbias.attention.triton.configs import choose
 from flashbias.attention.triton.operands import Operands, multiprocessors, walk_sizes
-from flashbias.attention.triton.primitives import (
+from flashbias.attention.triton.products import product
+from flashbias.attention.triton.scores import (
     LOG2E,
     chunked_bias,
-    group_of,
     load_codes,
-    load_factor,
-    load_rows,
-    load_tile,
-    locate,
-    member_of,
-    product,
     rescaled,
     scores,
     table_index,
     tail_of,
-    tile_offset,
     weights_and_gradients,
 )
+from flashbias.attention.triton.tiles import group_of, load_factor, load_rows, load_tile, locate, member_of
 
 BITS = 61
 """Bits of the fixed-point sum: a sign, one for rounding, and these."""

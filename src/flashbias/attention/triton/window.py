@@ -16,21 +16,9 @@ import triton.language as tl
 from flashbias.attention.layout import Sharing, cdiv, next_power_of_2
 from flashbias.attention.triton.configs import SHORT, choose
 from flashbias.attention.triton.operands import Operands, multiprocessors, strides_of, walk_sizes
-from flashbias.attention.triton.primitives import (
-    LOG2E,
-    group_of,
-    load_codes,
-    load_factor,
-    load_rows,
-    load_tile,
-    locate,
-    member_of,
-    product,
-    rescaled,
-    scores,
-    store_tile,
-    weights_and_gradients,
-)
+from flashbias.attention.triton.products import product
+from flashbias.attention.triton.scores import LOG2E, load_codes, rescaled, scores, weights_and_gradients
+from flashbias.attention.triton.tiles import group_of, load_factor, load_rows, load_tile, locate, member_of, store_tile
 
 WIDEST = 64
 """Largest rank whose factors stand beside the tile in registers."""
