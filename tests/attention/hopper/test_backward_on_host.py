@@ -19,7 +19,7 @@ if INTERPRETED:
 from tests.attention.hopper.on_host import Box, Device, Launched, on_host
 
 from flashbias.attention.hopper import backward, fused, slabs, tiles, wide
-from flashbias.attention.hopper.configs import ROWS, BackwardConfig
+from flashbias.attention.hopper.configs import SLAB, BackwardConfig
 from flashbias.attention.layout import Sharing, cdiv
 
 COLUMNS = 16
@@ -50,10 +50,10 @@ class Problem:
 
 
 def narrow(consumers: int = 2, stages: int = 2, kv_stages: int = 2, holds_phi: bool = True) -> BackwardConfig:
-    return BackwardConfig(consumers, ROWS, stages, kv_stages, is_wide=False, holds_phi=holds_phi)
+    return BackwardConfig(consumers, stages, kv_stages, is_wide=False, holds_phi=holds_phi)
 
 
-WIDE = BackwardConfig(2, ROWS, 2, 1, is_wide=True)
+WIDE = BackwardConfig(2, 2, 1, is_wide=True)
 
 PROBLEMS = [
     Problem("plain", narrow(), 130, 200),
@@ -114,7 +114,7 @@ def expected(
 
 def slab_order(columns: int) -> Tensor:
     """Place in a slab of each (row, column)."""
-    i, j = torch.arange(ROWS)[:, None], torch.arange(columns)
+    i, j = torch.arange(SLAB)[:, None], torch.arange(columns)
     return (j & 1) + 2 * (i >> 3 & 1) + 4 * (j >> 1 & 3) + 16 * (i & 7) + 128 * (i >> 4) + 512 * (j >> 3)
 
 
@@ -126,8 +126,8 @@ def to_slab(x: Tensor) -> Tensor:
 
 def unfold(sums: Tensor, out: Tensor, factor: float) -> None:
     groups, rows, across, size = sums.shape
-    columns = size // ROWS
-    made = sums[..., slab_order(columns)].permute(0, 1, 3, 2, 4).reshape(groups, rows * ROWS, across * columns)
+    columns = size // SLAB
+    made = sums[..., slab_order(columns)].permute(0, 1, 3, 2, 4).reshape(groups, rows * SLAB, across * columns)
     made = made.view(*out.shape[:2], *made.shape[1:])
     out.copy_(factor * made[:, :, : out.shape[2], : out.shape[3]])
 
@@ -153,7 +153,7 @@ def computed(problem: Problem, leaves: dict[str, Tensor], scale: float, dout: Te
         window_left=problem.left, window_right=problem.right, scale=scale, sharing_q=sharing_q, sharing_k=sharing_k,
         flat=lambda t: t,
     )  # fmt: skip
-    rows = cdiv(problem.n, ROWS) * ROWS
+    rows = cdiv(problem.n, SLAB) * SLAB
     lse2 = torch.full((b * h, rows), math.inf)
     lse2[:, : problem.n] = torch.where(lse == -math.inf, math.inf, lse / math.log(2)).float().flatten(0, 1)
     deltas = torch.zeros(b * h, rows)

@@ -30,6 +30,7 @@ from flashbias.attention.hopper import backward, forward
 from flashbias.attention.hopper.configs import (
     ROWS,
     SHARED_MEMORY,
+    SLAB,
     BackwardConfig,
     Config,
     backward_bytes,
@@ -310,7 +311,7 @@ def backward_products(ops: HopperOperands, config: BackwardConfig, needs_phi: bo
     """
     walks = 1 + (ops.window_left >= 0) + (ops.window_right >= 0)
     scores = (ops.block_d + ops.columns + ops.block_dv) // STEP
-    over_queries = (3 if needs_phi else 2) * config.block_m // STEP  # dv, dk, dphi_k
+    over_queries = (3 if needs_phi else 2) * SLAB // STEP  # dv, dk, dphi_k
     of_all_keys = config.consumers * ROWS // STEP
     over_keys = of_all_keys * ((config.consumers if config.is_wide else 1) + needs_phi)  # dq, dphi_q
     return config.consumers * walks * (scores + over_queries) + (walks if config.is_wide else 1) * over_keys

@@ -11,7 +11,7 @@ from tests.conftest import INTERPRETED
 pytest.importorskip("triton.experimental.gluon", reason="this release of triton has no Gluon")
 
 from flashbias.attention.hopper import slabs
-from flashbias.attention.hopper.configs import ROWS
+from flashbias.attention.hopper.configs import SLAB
 
 WIDTHS = (16, 32, 64)
 
@@ -23,15 +23,15 @@ def index(i: int, j: int) -> int:
 
 @pytest.mark.parametrize("columns", WIDTHS)
 def test_every_number_has_a_place_of_its_own(columns: int) -> None:
-    places = {index(i, j) for i, j in itertools.product(range(ROWS), range(columns))}
-    assert places == set(range(ROWS * columns))
+    places = {index(i, j) for i, j in itertools.product(range(SLAB), range(columns))}
+    assert places == set(range(SLAB * columns))
 
 
 @pytest.mark.parametrize("columns", WIDTHS)
 def test_shared_memory_has_that_order(columns: int) -> None:
     """Bit by bit: where the layout puts a place, the index finds it again."""
     bases = slabs.order_of(columns).offset_bases
-    assert len(bases) == (ROWS * columns).bit_length() - 1
+    assert len(bases) == (SLAB * columns).bit_length() - 1
     for bit, (i, j) in enumerate(bases):
         assert index(i, j) == 1 << bit
 
@@ -52,9 +52,9 @@ def check_unfolding(device: str, width: int, columns: int, is_turned: bool) -> N
     b, h, n, rows, held = 2, 3, 100, 128, width - 8
     exact = torch.randn(b, h, rows, width)
     sums = slabs.zeros(b * h, rows, width, columns, torch.device(device))
-    assert sums.shape == (b * h, rows // ROWS, width // columns, ROWS * columns)
+    assert sums.shape == (b * h, rows // SLAB, width // columns, SLAB * columns)
     for i, j in itertools.product(range(rows), range(width)):
-        sums[:, i // ROWS, j // columns, index(i % ROWS, j % columns)] = exact[:, :, i, j].flatten().to(device)
+        sums[:, i // SLAB, j // columns, index(i % SLAB, j % columns)] = exact[:, :, i, j].flatten().to(device)
     out = torch.full((b, h, held, n) if is_turned else (b, h, n, held), torch.nan, device=device)
     grad = out.transpose(-1, -2) if is_turned else out
     slabs.unfold(sums, grad, 0.5)

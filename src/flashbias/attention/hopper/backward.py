@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flashbias.attention.hopper import slabs
-from flashbias.attention.hopper.configs import NARROWEST, ROWS, BackwardConfig, backward_config, columns_of
+from flashbias.attention.hopper.configs import NARROWEST, ROWS, SLAB, BackwardConfig, backward_config, columns_of
 from flashbias.attention.hopper.fused import _bwd_kernel
 from flashbias.attention.hopper.operands import (
     HopperOperands,
@@ -104,9 +104,9 @@ def launch_as(
 ) -> None:
     """Launch the fused kernel with a given tile shape."""
     need_phi_q, need_phi_k = needs_grad[3:5]
-    factors, block_m = ops.factors, config.block_m
+    factors = ops.factors
     dout = addressable(flattened(dout))
-    lse2, delta = portable.rows_of(ops, dout, dlse, out, lse, block_m)
+    lse2, delta = portable.rows_of(ops, dout, dlse, out, lse, SLAB)
     dq_columns = config.dq_columns(ops.block_d)
     dq = slabs.zeros(ops.batch * ops.num_heads, lse2.shape[-1], ops.block_d, dq_columns, ops.q.device)
     dk, dv = (_target(ops, grad, x) for grad, x in ((grads[1], ops.k), (grads[2], ops.v)))
@@ -120,9 +120,9 @@ def launch_as(
         dpq = slabs.zeros(factors.phi_q.shape[0], lse2.shape[-1], block_g, block_g, ops.q.device)
     dpk = None if apart else sum_k
 
-    q, do = descriptor(ops.q, block_m, ops.block_d), descriptor(dout, block_m, ops.block_dv)
+    q, do = descriptor(ops.q, SLAB, ops.block_d), descriptor(dout, SLAB, ops.block_dv)
     k, v = descriptor(ops.k, ROWS, ops.block_d), descriptor(ops.v, ROWS, ops.block_dv)
-    pq = q if factors is None else descriptor(factors.phi_q, block_m, ops.columns)
+    pq = q if factors is None else descriptor(factors.phi_q, SLAB, ops.columns)
     pk = k if factors is None else descriptor(factors.phi_k, ROWS, ops.columns)
     dq_box = slabs.box_of(dq)
     dpq_box = dq_box if dpq is None else slabs.box_of(dpq)
@@ -148,7 +148,6 @@ def launch_as(
         SUM_DPQ=dpq is not None,
         SUM_DPK=dpk is not None,
         STAGES=config.stages,
-        BLOCK_M=block_m,
         BLOCK_D=ops.block_d,
         BLOCK_DV=ops.block_dv,
         BLOCK_R=ops.columns,
@@ -157,7 +156,7 @@ def launch_as(
         ALTERNATES=schedule.alternates,
         REGISTERS=config.registers,
         q_layout=matrix(q), k_layout=matrix(k), v_layout=matrix(v), do_layout=matrix(do), pq_layout=matrix(pq),
-        pk_layout=matrix(pk), ds_layout=layout_of((ROWS, block_m), ops.q.dtype),
+        pk_layout=matrix(pk), ds_layout=layout_of((ROWS, SLAB), ops.q.dtype),
         dq_layout=slabs.order_of(dq_columns),
         dpq_layout=slabs.order_of(block_g), dpk_layout=matrix(dpk_box),
         num_warps=4,
@@ -193,9 +192,7 @@ def schedule_of(config: BackwardConfig, ops: HopperOperands) -> tuple[Schedule, 
     # Keys see queries as queries see keys, with sides exchanged.
     band = Band(-ops.shift, ops.window_right, ops.window_left)
     pair_bytes = ops.group * ops.seqlen_q * (ops.head_dim + ops.head_dim_v) * ops.q.element_size()
-    schedule = banded(
-        blocks, pairs, block_n, config.block_m, ops.seqlen_q, band, pair_bytes, 1, programs, last_first=False
-    )
+    schedule = banded(blocks, pairs, block_n, SLAB, ops.seqlen_q, band, pair_bytes, 1, programs, last_first=False)
     return schedule, blocks, pairs
 
 

@@ -11,6 +11,7 @@ from flashbias.attention import packing
 __all__ = [
     "NARROWEST",
     "ROWS",
+    "SLAB",
     "BackwardConfig",
     "Config",
     "backward_config",
@@ -25,7 +26,10 @@ NARROWEST = 16
 """Columns of one instruction of the matrix unit."""
 
 ROWS = 64
-"""Queries of a warpgroup: the height of one instruction of the matrix unit."""
+"""Queries of a warpgroup, in the backward pass keys: the height of one instruction of the matrix unit."""
+
+SLAB = 64
+"""Queries of a step of the backward pass: the height of one instruction, whose sum is a slab of dq (`slabs.py`)."""
 
 SHARED_MEMORY = 227 * 1024
 """Bytes that a program may have."""
@@ -164,7 +168,7 @@ def ready_columns(rank: int, dtype_q: torch.dtype, dtype_k: torch.dtype, scale: 
 
 @dataclass(frozen=True)
 class BackwardConfig:
-    """Warpgroups that compute, each with 64 keys; queries of a step; steps and tiles of keys in flight.
+    """Warpgroups that compute, each with 64 keys; steps of 64 queries and tiles of keys in flight.
 
     Heads up to 64 have one warpgroup more, which makes dq: the others wait neither for it nor for each other, and what
     they hold of keys, values and factors in registers the matrix unit does not read from shared memory. Wide heads have
@@ -172,7 +176,6 @@ class BackwardConfig:
 
     Args:
         consumers: warpgroups that compute, beside the one that makes dq.
-        block_m: queries of a step.
         stages: steps whose queries are in flight.
         kv_stages: tiles whose keys are.
         is_wide: whether heads are too wide for a warpgroup that makes dq.
@@ -180,7 +183,6 @@ class BackwardConfig:
     """
 
     consumers: int
-    block_m: int
     stages: int
     kv_stages: int
     is_wide: bool
@@ -225,7 +227,6 @@ def backward_config(block_d: int, block_dv: int, block_r: int, block_g: int) -> 
     config = BackwardConfig(
         # Wider sums of dphi_k leave three warpgroups too few registers.
         consumers=3 if max(width, block_g) <= NARROWEST else 2,
-        block_m=ROWS,
         stages=3 if NARROWEST < width <= 32 else 2,
         kv_stages=1 if is_wide else 2,
         is_wide=is_wide,
@@ -247,10 +248,10 @@ def backward_config(block_d: int, block_dv: int, block_r: int, block_g: int) -> 
 
 def backward_bytes(config: BackwardConfig, block_d: int, block_dv: int, block_r: int, block_g: int) -> int:
     """Shared memory of a program."""
-    block_n, block_m = ROWS * config.consumers, config.block_m
+    block_n = ROWS * config.consumers
     width = block_d + block_dv + block_r
-    halves = block_n * width * config.kv_stages + config.stages * block_m * width + 2 * block_n * block_m
+    halves = block_n * width * config.kv_stages + config.stages * SLAB * width + 2 * block_n * SLAB
     if not config.is_wide:
         halves += block_n * (block_d + block_dv)
-    singles = block_m * (2 * config.dq_columns(block_d) + block_g) + block_n * block_g + 2 * config.stages * block_m
+    singles = SLAB * (2 * config.dq_columns(block_d) + block_g) + block_n * block_g + 2 * config.stages * SLAB
     return 2 * halves + 4 * singles + BARRIERS

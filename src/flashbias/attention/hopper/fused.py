@@ -32,7 +32,7 @@ from flashbias.attention.hopper.gluon import (
     warpgroup_mma_wait,
 )
 from flashbias.attention.hopper.slabs import LINE as _LINE
-from flashbias.attention.hopper.tiles import ROWS, exp2, own_index, place_of, query_tiles, turns_of, unit_of
+from flashbias.attention.hopper.tiles import ROWS, SLAB, exp2, own_index, place_of, query_tiles, turns_of, unit_of
 from flashbias.attention.triton.scores import LOG2E
 
 LINE = gl.constexpr(_LINE)
@@ -60,22 +60,21 @@ def produce(
     q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, lse_ptr, delta_ptr, q_smem, k_smem, v_smem, do_smem, pq_smem,
     pk_smem, lse_smem, delta_smem, kv_full, kv_empty, q_full, q_empty, units, pairs, heads, num_blocks, num_heads,
     group, stride_rows, seqlen_q, shift, left, right, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT: gl.constexpr,
-    HAS_RIGHT: gl.constexpr, HAS_PHI: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr,
-    BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, CONSUMERS: gl.constexpr, KV_STAGES: gl.constexpr,
-    ALTERNATES: gl.constexpr,
+    HAS_RIGHT: gl.constexpr, HAS_PHI: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
+    BLOCK_R: gl.constexpr, CONSUMERS: gl.constexpr, KV_STAGES: gl.constexpr, ALTERNATES: gl.constexpr,
 ):  # fmt: skip
     """The loading warp: keys and values of every tile, and the queries that see them."""
     BLOCK_N: gl.constexpr = ROWS * CONSUMERS
     width: gl.constexpr = BLOCK_D + BLOCK_DV + (BLOCK_R if HAS_PHI else 0)
-    per_lane: gl.constexpr = gl.BlockedLayout([BLOCK_M // 32], [32], [1], [0])
-    offs_m = gl.arange(0, BLOCK_M, per_lane)
+    per_lane: gl.constexpr = gl.BlockedLayout([SLAB // 32], [32], [1], [0])
+    offs_m = gl.arange(0, SLAB, per_lane)
     step = 0
     for turn in range(turns_of(units, ALTERNATES)):
         b, hk, block = key_tile_of(
             unit_of(turn, ALTERNATES), num_blocks, pairs, heads, num_heads // group, HAS_LEFT or HAS_RIGHT
         )
         start_n = block * BLOCK_N
-        lo, _, _, hi = query_tiles(start_n, seqlen_q, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N)
+        lo, _, _, hi = query_tiles(start_n, seqlen_q, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
         slot = turn % KV_STAGES
         mbarrier.wait(kv_empty.index(slot), ((turn // KV_STAGES) & 1) ^ 1)
         full = kv_full.index(slot)
@@ -93,14 +92,14 @@ def produce(
             f_q = own_index(bh, pq_s1, pq_v2, pq_s2)
             turned = turn_of(block, num_blocks, hi - lo, HAS_LEFT or HAS_RIGHT)
             for n in range(hi - lo):
-                start_m = turned_tile(lo, n, hi - lo, turned) * BLOCK_M
+                start_m = turned_tile(lo, n, hi - lo, turned) * SLAB
                 stage = step % STAGES
                 rows = bh.to(gl.int64) * stride_rows + start_m
                 lse = gl.load(lse_ptr + rows + offs_m)
                 delta = gl.load(delta_ptr + rows + offs_m)
                 mbarrier.wait(q_empty.index(stage), ((step // STAGES) & 1) ^ 1)
                 full = q_full.index(stage)
-                mbarrier.expect(full, 2 * BLOCK_M * width)
+                mbarrier.expect(full, 2 * SLAB * width)
                 load(q_desc, [b, h, start_m, 0], full, q_smem.index(stage))
                 if HAS_PHI:
                     load(pq_desc, [f_q, start_m, 0], full, pq_smem.index(stage))
@@ -120,17 +119,16 @@ def key_tile_of(unit, num_blocks, pairs, heads, kv_heads, IS_BANDED: gl.constexp
 
 @jit
 def weights(s, lse_smem, start_m, start_n, seqlen_k, shift, left, right, qk_scale, IS_EDGE: gl.constexpr,
-             HAS_TAIL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
-             BLOCK_M: gl.constexpr):  # fmt: skip
+             HAS_TAIL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):  # fmt: skip
     """P^T of a tile, 0 where the band or the end of the keys hides."""
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SLAB, 16])
     columns: gl.constexpr = gl.SliceLayout(0, s_layout)
     p = exp2(s * qk_scale - lse_smem.load(columns)[None, :])
     if IS_EDGE or HAS_TAIL:
         j = start_n + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))[:, None]
         keep = j < seqlen_k
         if IS_EDGE:
-            i = start_m + gl.arange(0, BLOCK_M, columns)[None, :]
+            i = start_m + gl.arange(0, SLAB, columns)[None, :]
             if HAS_RIGHT:
                 keep = keep & (j - i <= shift + right)
             if HAS_LEFT:
@@ -144,32 +142,32 @@ def _walk(
     w: gl.constexpr, dk, dv, dphi, step, first, count, turned, start_n, k, v, pk, q_smem, do_smem, pq_smem, ds_smem,
     lse_smem, delta_smem, q_full, q_empty, ds_full, ds_empty, seqlen_k, shift, left, right, qk_scale,
     IS_EDGE: gl.constexpr, HAS_TAIL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
-    HAS_PHI: gl.constexpr, SUM_DPK: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr,
-    BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr, q_layout: gl.constexpr,
-    do_layout: gl.constexpr, pq_layout: gl.constexpr, CONSUMERS: gl.constexpr,
+    HAS_PHI: gl.constexpr, SUM_DPK: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
+    BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr, q_layout: gl.constexpr, do_layout: gl.constexpr,
+    pq_layout: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """Walk over `count` tiles of queries from `first`, the one `turned` steps in at first."""
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SLAB, 16])
     dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     dv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     dphi_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_G, 16])
     for n in range(count):
         stage = step % STAGES
         half = step & 1
-        start_m = turned_tile(first, n, count, turned) * BLOCK_M
+        start_m = turned_tile(first, n, count, turned) * SLAB
         mbarrier.wait(q_full.index(stage), (step // STAGES) & 1)
-        q = q_smem.index(stage)._reinterpret(q_smem.dtype, [BLOCK_M, BLOCK_D], q_layout)
-        do = do_smem.index(stage)._reinterpret(do_smem.dtype, [BLOCK_M, BLOCK_DV], do_layout)
+        q = q_smem.index(stage)._reinterpret(q_smem.dtype, [SLAB, BLOCK_D], q_layout)
+        do = do_smem.index(stage)._reinterpret(do_smem.dtype, [SLAB, BLOCK_DV], do_layout)
         pq = q
-        zero = gl.zeros([ROWS, BLOCK_M], gl.float32, s_layout)
+        zero = gl.zeros([ROWS, SLAB], gl.float32, s_layout)
         s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
         if HAS_PHI:
-            pq = pq_smem.index(stage)._reinterpret(pq_smem.dtype, [BLOCK_M, BLOCK_R], pq_layout)
+            pq = pq_smem.index(stage)._reinterpret(pq_smem.dtype, [SLAB, BLOCK_R], pq_layout)
             s = warpgroup_mma(pk, pq.permute((1, 0)), s, is_async=True)
         dp = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s])
         p = weights(s, lse_smem.index(stage), start_m, start_n, seqlen_k, shift, left, right, qk_scale,
-                     IS_EDGE, HAS_TAIL, HAS_LEFT, HAS_RIGHT, BLOCK_M)  # fmt: skip
+                     IS_EDGE, HAS_TAIL, HAS_LEFT, HAS_RIGHT)  # fmt: skip
         p16 = gl.convert_layout(p.to(do_smem.dtype), gl.DotOperandLayout(0, dv_layout, 2))
         dv = warpgroup_mma(p16, do, dv, is_async=True)
         dp = warpgroup_mma_wait(1, deps=[dp])
@@ -195,13 +193,13 @@ def _walk(
 
 @jit
 def _sit_out(w: gl.constexpr, n, step, ds_smem, q_full, q_empty, ds_full, ds_empty, STAGES: gl.constexpr,
-             BLOCK_M: gl.constexpr, CONSUMERS: gl.constexpr):  # fmt: skip
+             CONSUMERS: gl.constexpr):  # fmt: skip
     """A step of a warpgroup without keys: its dS is zero, in both buffers from the second step on."""
     half = step & 1
     mbarrier.wait(q_full.index(step % STAGES), (step // STAGES) & 1)
     mbarrier.wait(ds_empty.index(half), ((step >> 1) & 1) ^ 1)
     if n < 2:
-        zero = gl.zeros([ROWS, BLOCK_M], ds_smem.dtype, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16]))
+        zero = gl.zeros([ROWS, SLAB], ds_smem.dtype, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SLAB, 16]))
         ds_smem.index(half * CONSUMERS + w).store(zero)
         fence_async_shared()
     mbarrier.arrive(ds_full.index(half))
@@ -212,10 +210,10 @@ def _sit_out(w: gl.constexpr, n, step, ds_smem, q_full, q_empty, ds_full, ds_emp
 def _sum_over_keys(
     dq_desc, dpq_desc, k_smem, pk_smem, ds_smem, dq_smem, dpq_smem, kv_full, kv_empty, ds_full, ds_empty, units, pairs,
     heads, num_blocks, num_heads, group, slabs, seqlen_q, shift, left, right, pq_s1, pq_v2, pq_s2,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SUM_DPQ: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_D: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr,
-    k_layout: gl.constexpr, pk_layout: gl.constexpr, dq_layout: gl.constexpr, dpq_layout: gl.constexpr,
-    CONSUMERS: gl.constexpr, KV_STAGES: gl.constexpr, ALTERNATES: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SUM_DPQ: gl.constexpr, BLOCK_D: gl.constexpr,
+    BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr, k_layout: gl.constexpr, pk_layout: gl.constexpr,
+    dq_layout: gl.constexpr, dpq_layout: gl.constexpr, CONSUMERS: gl.constexpr, KV_STAGES: gl.constexpr,
+    ALTERNATES: gl.constexpr,
 ):  # fmt: skip
     """The last warpgroup: dq and dphi_q of each step, over the keys of all others."""
     BLOCK_N: gl.constexpr = ROWS * CONSUMERS
@@ -226,7 +224,7 @@ def _sum_over_keys(
         b, hk, block = key_tile_of(
             unit_of(turn, ALTERNATES), num_blocks, pairs, heads, num_heads // group, HAS_LEFT or HAS_RIGHT
         )
-        lo, _, _, hi = query_tiles(block * BLOCK_N, seqlen_q, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N)
+        lo, _, _, hi = query_tiles(block * BLOCK_N, seqlen_q, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
         # Without steps it would run ahead otherwise, and free keys that nobody has read.
         slot = turn % KV_STAGES
         mbarrier.wait(kv_full.index(slot), (turn // KV_STAGES) & 1)
@@ -239,13 +237,13 @@ def _sum_over_keys(
                 row = turned_tile(lo, n, hi - lo, turned)
                 half = step & 1
                 mbarrier.wait(ds_full.index(half), (step >> 1) & 1)
-                dq = gl.zeros([BLOCK_M, BLOCK_D], gl.float32, dq_of_step)
+                dq = gl.zeros([SLAB, BLOCK_D], gl.float32, dq_of_step)
                 for c in gl.static_range(CONSUMERS):
                     k = k_smem.index(keys + c)._reinterpret(k_smem.dtype, [ROWS, BLOCK_D], k_layout)
                     ds = ds_smem.index(half * CONSUMERS + c).permute((1, 0))
                     dq = warpgroup_mma(ds, k, dq, use_acc=c > 0, is_async=True)
                 if SUM_DPQ:
-                    dpq = gl.zeros([BLOCK_M, BLOCK_G], gl.float32, dphi_layout)
+                    dpq = gl.zeros([SLAB, BLOCK_G], gl.float32, dphi_layout)
                     for c in gl.static_range(CONSUMERS):
                         pk = pk_smem.index(keys + c)._reinterpret(pk_smem.dtype, [ROWS, BLOCK_R], pk_layout)
                         ds = ds_smem.index(half * CONSUMERS + c).permute((1, 0))
@@ -257,14 +255,14 @@ def _sum_over_keys(
                 # Two buffers of dq, one of dphi_q: what was added before from the same one has left it.
                 sums = dq_smem.index(half)
                 store_wait(2 if SUM_DPQ else 1)
-                sums._reinterpret(gl.float32, [BLOCK_M, BLOCK_D], dq_layout).store(dq)
+                sums._reinterpret(gl.float32, [SLAB, BLOCK_D], dq_layout).store(dq)
                 fence_async_shared()
-                reduce_add(dq_desc, [(bh * slabs + row) * (ROWS * BLOCK_D // LINE), 0], sums)
+                reduce_add(dq_desc, [(bh * slabs + row) * (SLAB * BLOCK_D // LINE), 0], sums)
                 if SUM_DPQ:
                     store_wait(1)
-                    dpq_smem._reinterpret(gl.float32, [BLOCK_M, BLOCK_G], dpq_layout).store(dpq)
+                    dpq_smem._reinterpret(gl.float32, [SLAB, BLOCK_G], dpq_layout).store(dpq)
                     fence_async_shared()
-                    reduce_add(dpq_desc, [(f_q * slabs + row) * (ROWS * BLOCK_G // LINE), 0], dpq_smem)
+                    reduce_add(dpq_desc, [(f_q * slabs + row) * (SLAB * BLOCK_G // LINE), 0], dpq_smem)
                 step += 1
         mbarrier.arrive(kv_empty.index(slot))
     store_wait(0)
@@ -276,15 +274,15 @@ def _consume(
     delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty, ds_full, ds_empty, units, pairs, heads,
     num_blocks, num_heads, group, seqlen_q, seqlen_k, shift, left, right, scale, pk_s1, pk_v2, pk_s2,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_TAIL: gl.constexpr, HAS_PHI: gl.constexpr,
-    SUM_DPK: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
-    BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr, q_layout: gl.constexpr, k_layout: gl.constexpr,
-    v_layout: gl.constexpr, do_layout: gl.constexpr, pq_layout: gl.constexpr, pk_layout: gl.constexpr,
-    dpk_layout: gl.constexpr, HOLDS_PHI: gl.constexpr, HAS_IDLE: gl.constexpr, CONSUMERS: gl.constexpr,
-    KV_STAGES: gl.constexpr, ALTERNATES: gl.constexpr,
+    SUM_DPK: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr,
+    BLOCK_G: gl.constexpr, q_layout: gl.constexpr, k_layout: gl.constexpr, v_layout: gl.constexpr,
+    do_layout: gl.constexpr, pq_layout: gl.constexpr, pk_layout: gl.constexpr, dpk_layout: gl.constexpr,
+    HOLDS_PHI: gl.constexpr, HAS_IDLE: gl.constexpr, CONSUMERS: gl.constexpr, KV_STAGES: gl.constexpr,
+    ALTERNATES: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup w: 64 keys of every tile."""
     BLOCK_N: gl.constexpr = ROWS * CONSUMERS
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SLAB, 16])
     dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     dv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     dphi_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_G, 16])
@@ -294,9 +292,7 @@ def _consume(
             unit_of(turn, ALTERNATES), num_blocks, pairs, heads, num_heads // group, HAS_LEFT or HAS_RIGHT
         )
         start_n = block * BLOCK_N
-        lo, full_lo, full_hi, hi = query_tiles(
-            start_n, seqlen_q, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
-        )
+        lo, full_lo, full_hi, hi = query_tiles(start_n, seqlen_q, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
         dk = gl.zeros([ROWS, BLOCK_D], gl.float32, dk_layout)
         dv = gl.zeros([ROWS, BLOCK_DV], gl.float32, dv_layout)
         dphi = gl.zeros([ROWS, BLOCK_G], gl.float32, dphi_layout)
@@ -333,12 +329,12 @@ def _consume(
                         w, dk, dv, dphi, step, first, count, turn_of(block, num_blocks, count, HAS_LEFT or HAS_RIGHT),
                         start_n + w * ROWS, k, v, pk, q_smem, do_smem, pq_smem, ds_smem, lse_smem,
                         delta_smem, q_full, q_empty, ds_full, ds_empty, seqlen_k, shift, left, right, scale * LOG2E,
-                        part != 1, HAS_TAIL, HAS_LEFT, HAS_RIGHT, HAS_PHI, SUM_DPK, STAGES, BLOCK_M, BLOCK_D, BLOCK_DV,
+                        part != 1, HAS_TAIL, HAS_LEFT, HAS_RIGHT, HAS_PHI, SUM_DPK, STAGES, BLOCK_D, BLOCK_DV,
                         BLOCK_R, BLOCK_G, q_layout, do_layout, pq_layout, CONSUMERS,
                     )  # fmt: skip
         if w > 0 and HAS_IDLE:
             for n in range((group - members) * (hi - lo)):
-                _sit_out(w, n, step, ds_smem, q_full, q_empty, ds_full, ds_empty, STAGES, BLOCK_M, CONSUMERS)
+                _sit_out(w, n, step, ds_smem, q_full, q_empty, ds_full, ds_empty, STAGES, CONSUMERS)
                 step += 1
         mbarrier.arrive(kv_empty.index(slot))
         # What was stored before has left these buffers long ago.
@@ -368,12 +364,12 @@ def _bwd_kernel(
     dpk_desc, units, pairs, heads, num_blocks, num_heads, group, slabs, stride_rows, seqlen_q, seqlen_k, shift, left,
     right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
     HAS_TAIL: gl.constexpr, HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr, SUM_DPK: gl.constexpr, STAGES: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr,
-    HOLDS_PHI: gl.constexpr, HAS_IDLE: gl.constexpr, CONSUMERS: gl.constexpr,
-    KV_STAGES: gl.constexpr, ALTERNATES: gl.constexpr, REGISTERS: gl.constexpr, SUM_REGISTERS: gl.constexpr,
-    q_layout: gl.constexpr, k_layout: gl.constexpr, v_layout: gl.constexpr, do_layout: gl.constexpr,
-    pq_layout: gl.constexpr, pk_layout: gl.constexpr, ds_layout: gl.constexpr, dq_layout: gl.constexpr,
-    dpq_layout: gl.constexpr, dpk_layout: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr,
+    HOLDS_PHI: gl.constexpr, HAS_IDLE: gl.constexpr, CONSUMERS: gl.constexpr, KV_STAGES: gl.constexpr,
+    ALTERNATES: gl.constexpr, REGISTERS: gl.constexpr, SUM_REGISTERS: gl.constexpr, q_layout: gl.constexpr,
+    k_layout: gl.constexpr, v_layout: gl.constexpr, do_layout: gl.constexpr, pq_layout: gl.constexpr,
+    pk_layout: gl.constexpr, ds_layout: gl.constexpr, dq_layout: gl.constexpr, dpq_layout: gl.constexpr,
+    dpk_layout: gl.constexpr,
 ):  # fmt: skip
     """All gradients; a program takes every so-manieth tile of keys of one (batch, head of keys)."""
     KEYS: gl.constexpr = KV_STAGES * CONSUMERS
@@ -381,25 +377,25 @@ def _bwd_kernel(
     v_smem = gl.allocate_shared_memory(v_desc.dtype, [KEYS, 1, 1, ROWS, BLOCK_DV], v_desc.layout)
     dk_smem = gl.allocate_shared_memory(dk_desc.dtype, [CONSUMERS, 1, 1, ROWS, BLOCK_D], dk_desc.layout)
     dv_smem = gl.allocate_shared_memory(dv_desc.dtype, [CONSUMERS, 1, 1, ROWS, BLOCK_DV], dv_desc.layout)
-    q_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_D], q_desc.layout)
-    do_smem = gl.allocate_shared_memory(do_desc.dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_DV], do_desc.layout)
+    q_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, SLAB, BLOCK_D], q_desc.layout)
+    do_smem = gl.allocate_shared_memory(do_desc.dtype, [STAGES, 1, 1, SLAB, BLOCK_DV], do_desc.layout)
     pq_smem = q_smem
     pk_smem = k_smem
     if HAS_PHI:
-        pq_smem = gl.allocate_shared_memory(pq_desc.dtype, [STAGES, 1, BLOCK_M, BLOCK_R], pq_desc.layout)
+        pq_smem = gl.allocate_shared_memory(pq_desc.dtype, [STAGES, 1, SLAB, BLOCK_R], pq_desc.layout)
         pk_smem = gl.allocate_shared_memory(pk_desc.dtype, [KEYS, 1, ROWS, BLOCK_R], pk_desc.layout)
-    ds_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * CONSUMERS, ROWS, BLOCK_M], ds_layout)
-    dq_smem = gl.allocate_shared_memory(gl.float32, [2, BLOCK_M * BLOCK_D // LINE, LINE], dq_desc.layout)
+    ds_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * CONSUMERS, ROWS, SLAB], ds_layout)
+    dq_smem = gl.allocate_shared_memory(gl.float32, [2, SLAB * BLOCK_D // LINE, LINE], dq_desc.layout)
     dpq_smem = dq_smem
     dpk_smem = dq_smem
     if SUM_DPQ:
-        dpq_smem = gl.allocate_shared_memory(gl.float32, [BLOCK_M * BLOCK_G // LINE, LINE], dpq_desc.layout)
+        dpq_smem = gl.allocate_shared_memory(gl.float32, [SLAB * BLOCK_G // LINE, LINE], dpq_desc.layout)
     if SUM_DPK:
         dpk_smem = gl.allocate_shared_memory(gl.float32, [CONSUMERS, 1, ROWS, BLOCK_G], dpk_desc.layout)
     # A thread reads 16 bytes at a time of what its columns need.
     rows_layout: gl.constexpr = gl.SharedLinearLayout(offset_bases=[[1], [8], [2], [4], [16], [32]])
-    lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], rows_layout)
-    delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], rows_layout)
+    lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, SLAB], rows_layout)
+    delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, SLAB], rows_layout)
     kv_full = gl.allocate_shared_memory(gl.int64, [KV_STAGES, 1], mbarrier.MBarrierLayout())
     kv_empty = gl.allocate_shared_memory(gl.int64, [KV_STAGES, 1], mbarrier.MBarrierLayout())
     ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -424,26 +420,26 @@ def _bwd_kernel(
                             lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty,
                             ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, seqlen_q, seqlen_k,
                             shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI,
-                            SUM_DPK, STAGES, BLOCK_M, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout, v_layout,
+                            SUM_DPK, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout, v_layout,
                             do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS, KV_STAGES,
                             ALTERNATES)),
                 (_consume, (1, dk_desc, dv_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, ds_smem,
                             lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty,
                             ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, seqlen_q, seqlen_k,
                             shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI,
-                            SUM_DPK, STAGES, BLOCK_M, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout, v_layout,
+                            SUM_DPK, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout, v_layout,
                             do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS, KV_STAGES,
                             ALTERNATES)),
                 (_sum_over_keys, (dq_desc, dpq_desc, k_smem, pk_smem, ds_smem, dq_smem, dpq_smem, kv_full, kv_empty,
                                   ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, slabs, seqlen_q,
-                                  shift, left, right, pq_s1, pq_v2, pq_s2, HAS_LEFT, HAS_RIGHT, SUM_DPQ, BLOCK_M,
-                                  BLOCK_D, BLOCK_R, BLOCK_G, k_layout, pk_layout, dq_layout, dpq_layout, CONSUMERS,
-                                  KV_STAGES, ALTERNATES)),
+                                  shift, left, right, pq_s1, pq_v2, pq_s2, HAS_LEFT, HAS_RIGHT, SUM_DPQ, BLOCK_D,
+                                  BLOCK_R, BLOCK_G, k_layout, pk_layout, dq_layout, dpq_layout, CONSUMERS, KV_STAGES,
+                                  ALTERNATES)),
                 (produce, (q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, lse_ptr, delta_ptr, q_smem, k_smem,
                            v_smem, do_smem, pq_smem, pk_smem, lse_smem, delta_smem, kv_full, kv_empty, q_full, q_empty,
                            units, pairs, heads, num_blocks, num_heads, group, stride_rows, seqlen_q, shift, left, right,
-                           pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_PHI, STAGES, BLOCK_M,
-                           BLOCK_D, BLOCK_DV, BLOCK_R, CONSUMERS, KV_STAGES, ALTERNATES)),
+                           pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_PHI, STAGES, BLOCK_D,
+                           BLOCK_DV, BLOCK_R, CONSUMERS, KV_STAGES, ALTERNATES)),
             ],
             [4, 4, 1],
             [REGISTERS, SUM_REGISTERS, 24],
@@ -455,33 +451,33 @@ def _bwd_kernel(
                             lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty,
                             ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, seqlen_q, seqlen_k,
                             shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI,
-                            SUM_DPK, STAGES, BLOCK_M, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout, v_layout,
+                            SUM_DPK, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout, v_layout,
                             do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS, KV_STAGES,
                             ALTERNATES)),
                 (_consume, (1, dk_desc, dv_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, ds_smem,
                             lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty,
                             ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, seqlen_q, seqlen_k,
                             shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI,
-                            SUM_DPK, STAGES, BLOCK_M, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout, v_layout,
+                            SUM_DPK, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout, v_layout,
                             do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS, KV_STAGES,
                             ALTERNATES)),
                 (_consume, (2, dk_desc, dv_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, ds_smem,
                             lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty,
                             ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, seqlen_q, seqlen_k,
                             shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI,
-                            SUM_DPK, STAGES, BLOCK_M, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout, v_layout,
+                            SUM_DPK, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout, v_layout,
                             do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS, KV_STAGES,
                             ALTERNATES)),
                 (_sum_over_keys, (dq_desc, dpq_desc, k_smem, pk_smem, ds_smem, dq_smem, dpq_smem, kv_full, kv_empty,
                                   ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, slabs, seqlen_q,
-                                  shift, left, right, pq_s1, pq_v2, pq_s2, HAS_LEFT, HAS_RIGHT, SUM_DPQ, BLOCK_M,
-                                  BLOCK_D, BLOCK_R, BLOCK_G, k_layout, pk_layout, dq_layout, dpq_layout, CONSUMERS,
-                                  KV_STAGES, ALTERNATES)),
+                                  shift, left, right, pq_s1, pq_v2, pq_s2, HAS_LEFT, HAS_RIGHT, SUM_DPQ, BLOCK_D,
+                                  BLOCK_R, BLOCK_G, k_layout, pk_layout, dq_layout, dpq_layout, CONSUMERS, KV_STAGES,
+                                  ALTERNATES)),
                 (produce, (q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, lse_ptr, delta_ptr, q_smem, k_smem,
                            v_smem, do_smem, pq_smem, pk_smem, lse_smem, delta_smem, kv_full, kv_empty, q_full, q_empty,
                            units, pairs, heads, num_blocks, num_heads, group, stride_rows, seqlen_q, shift, left, right,
-                           pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_PHI, STAGES, BLOCK_M,
-                           BLOCK_D, BLOCK_DV, BLOCK_R, CONSUMERS, KV_STAGES, ALTERNATES)),
+                           pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_PHI, STAGES, BLOCK_D,
+                           BLOCK_DV, BLOCK_R, CONSUMERS, KV_STAGES, ALTERNATES)),
             ],
             [4, 4, 4, 1],
             [REGISTERS, REGISTERS, SUM_REGISTERS, 24],

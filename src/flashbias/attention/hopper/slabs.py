@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashbias.attention.hopper.configs import ROWS
+from flashbias.attention.hopper.configs import SLAB
 from flashbias.attention.hopper.gluon import gl
 from flashbias.attention.hopper.operands import described
 from flashbias.attention.layout import cdiv
@@ -35,7 +35,7 @@ LINE = 256
 
 def zeros(groups: int, rows: int, width: int, columns: int, device: torch.device) -> Tensor:
     """Empty sums `[groups, slabs, across, 64 * columns]` for `rows` queries of `width` columns, `columns` to a slab."""
-    return torch.zeros(groups, cdiv(rows, ROWS), width // columns, ROWS * columns, dtype=torch.float32, device=device)
+    return torch.zeros(groups, cdiv(rows, SLAB), width // columns, SLAB * columns, dtype=torch.float32, device=device)
 
 
 def box_of(sums: Tensor) -> Any:
@@ -90,5 +90,5 @@ def unfold(sums: Tensor, out: Tensor, factor: float) -> None:
         return
     _unfold_kernel[(groups * slabs * across,)](
         sums, out, *out.stride(), out.shape[1], out.shape[2], out.shape[3], slabs, across, factor,
-        COLUMNS=size // ROWS, ROWS=ROWS, num_warps=4,
+        COLUMNS=size // SLAB, ROWS=SLAB, num_warps=4,
     )  # fmt: skip

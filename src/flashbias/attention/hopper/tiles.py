@@ -13,14 +13,19 @@ What it is about is handed on in groups:
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportReturnType=false
 # pyright: reportAssignmentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
 
+from flashbias.attention.hopper.configs import ROWS as _ROWS
+from flashbias.attention.hopper.configs import SLAB as _SLAB
 from flashbias.attention.hopper.gluon import gl, jit, load, mbarrier, store
 from flashbias.attention.hopper.operands import FAR as _FAR
 
 FAR = gl.constexpr(_FAR)
 """Rows up to which boxes of packed batches count."""
 
-ROWS = gl.constexpr(64)
-"""Queries of a warpgroup."""
+ROWS = gl.constexpr(_ROWS)
+"""Queries of a warpgroup; in the backward pass keys."""
+
+SLAB = gl.constexpr(_SLAB)
+"""Queries of a step of the backward pass."""
 
 LANES = gl.constexpr(32)
 """Threads of a warp."""
@@ -270,19 +275,19 @@ def owner_of(bh, sizes):
 @jit
 def query_tiles(
     start_n, seqlen_q, shift, left, right, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     """Tiles of queries that see a block of keys: from, first full one, end of full ones, to; there may be none."""
     lo = 0
     full_lo = 0
-    hi = (seqlen_q + BLOCK_M - 1) // BLOCK_M
+    hi = (seqlen_q + SLAB - 1) // SLAB
     full_hi = hi
     if HAS_RIGHT:
-        lo = gl.maximum(start_n - shift - right, 0) // BLOCK_M
-        full_lo = (gl.maximum(start_n + BLOCK_N - 1 - shift - right, 0) + BLOCK_M - 1) // BLOCK_M
+        lo = gl.maximum(start_n - shift - right, 0) // SLAB
+        full_lo = (gl.maximum(start_n + BLOCK_N - 1 - shift - right, 0) + SLAB - 1) // SLAB
     if HAS_LEFT:
-        hi = gl.minimum(hi, (gl.maximum(start_n + BLOCK_N - shift + left, 0) + BLOCK_M - 1) // BLOCK_M)
-        full_hi = gl.minimum(full_hi, gl.maximum(start_n - shift + left + 1, 0) // BLOCK_M)
+        hi = gl.minimum(hi, (gl.maximum(start_n + BLOCK_N - shift + left, 0) + SLAB - 1) // SLAB)
+        full_hi = gl.minimum(full_hi, gl.maximum(start_n - shift + left + 1, 0) // SLAB)
     lo = gl.minimum(lo, hi)
     full_lo = gl.minimum(gl.maximum(full_lo, lo), hi)
     full_hi = gl.maximum(gl.minimum(full_hi, hi), full_lo)

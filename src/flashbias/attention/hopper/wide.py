@@ -21,26 +21,26 @@ from flashbias.attention.hopper.gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from flashbias.attention.hopper.tiles import ROWS, own_index, query_tiles, turns_of, unit_of
+from flashbias.attention.hopper.tiles import ROWS, SLAB, own_index, query_tiles, turns_of, unit_of
 from flashbias.attention.triton.scores import LOG2E
 
 
 @jit
 def _issue_scores(
     k, v, pk, step, q_smem, do_smem, pq_smem, q_full, HAS_PHI: gl.constexpr, STAGES: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr,
-    q_layout: gl.constexpr, do_layout: gl.constexpr, pq_layout: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, q_layout: gl.constexpr,
+    do_layout: gl.constexpr, pq_layout: gl.constexpr,
 ):  # fmt: skip
     """S^T / scale and dP^T of a step, in flight."""
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SLAB, 16])
     stage = step % STAGES
     mbarrier.wait(q_full.index(stage), (step // STAGES) & 1)
-    q = q_smem.index(stage)._reinterpret(q_smem.dtype, [BLOCK_M, BLOCK_D], q_layout)
-    do = do_smem.index(stage)._reinterpret(do_smem.dtype, [BLOCK_M, BLOCK_DV], do_layout)
-    zero = gl.zeros([ROWS, BLOCK_M], gl.float32, s_layout)
+    q = q_smem.index(stage)._reinterpret(q_smem.dtype, [SLAB, BLOCK_D], q_layout)
+    do = do_smem.index(stage)._reinterpret(do_smem.dtype, [SLAB, BLOCK_DV], do_layout)
+    zero = gl.zeros([ROWS, SLAB], gl.float32, s_layout)
     s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
     if HAS_PHI:
-        pq = pq_smem.index(stage)._reinterpret(pq_smem.dtype, [BLOCK_M, BLOCK_R], pq_layout)
+        pq = pq_smem.index(stage)._reinterpret(pq_smem.dtype, [SLAB, BLOCK_R], pq_layout)
         s = warpgroup_mma(pk, pq.permute((1, 0)), s, is_async=True)
     return s, warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
 
@@ -51,13 +51,13 @@ def _walk(
     do_smem, pq_smem, pk_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, q_full, q_empty, ds_full, ds_empty,
     dq_desc, dpq_desc, seqlen_k, shift, left, right, qk_scale, IS_EDGE: gl.constexpr, HAS_TAIL: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr,
-    SUM_DPK: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
-    BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr, q_layout: gl.constexpr, k_layout: gl.constexpr,
-    do_layout: gl.constexpr, pq_layout: gl.constexpr, pk_layout: gl.constexpr, dq_layout: gl.constexpr,
-    dpq_layout: gl.constexpr, DQ_COLUMNS: gl.constexpr, CONSUMERS: gl.constexpr,
+    SUM_DPK: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr,
+    BLOCK_G: gl.constexpr, q_layout: gl.constexpr, k_layout: gl.constexpr, do_layout: gl.constexpr,
+    pq_layout: gl.constexpr, pk_layout: gl.constexpr, dq_layout: gl.constexpr, dpq_layout: gl.constexpr,
+    DQ_COLUMNS: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """Walk over `count` tiles of queries from `first`, the one `turned` steps in at first."""
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SLAB, 16])
     dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     dv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     dphi_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_G, 16])
@@ -72,13 +72,13 @@ def _walk(
         half = step & 1
         own = ds_smem.index(half * CONSUMERS + w)
         stage = step % STAGES
-        q = q_smem.index(stage)._reinterpret(q_smem.dtype, [BLOCK_M, BLOCK_D], q_layout)
-        do = do_smem.index(stage)._reinterpret(do_smem.dtype, [BLOCK_M, BLOCK_DV], do_layout)
+        q = q_smem.index(stage)._reinterpret(q_smem.dtype, [SLAB, BLOCK_D], q_layout)
+        do = do_smem.index(stage)._reinterpret(do_smem.dtype, [SLAB, BLOCK_DV], do_layout)
         s, dp = _issue_scores(k, v, pk, step, q_smem, do_smem, pq_smem, q_full, HAS_PHI, STAGES,
-                              BLOCK_M, BLOCK_D, BLOCK_DV, BLOCK_R, q_layout, do_layout, pq_layout)  # fmt: skip
+                              BLOCK_D, BLOCK_DV, BLOCK_R, q_layout, do_layout, pq_layout)  # fmt: skip
         s = warpgroup_mma_wait(1, deps=[s])
-        p = weights(s, lse_smem.index(stage), tile * BLOCK_M, start_n + w * ROWS, seqlen_k, shift, left, right,
-                    qk_scale, IS_EDGE, HAS_TAIL, HAS_LEFT, HAS_RIGHT, BLOCK_M)  # fmt: skip
+        p = weights(s, lse_smem.index(stage), tile * SLAB, start_n + w * ROWS, seqlen_k, shift, left, right,
+                    qk_scale, IS_EDGE, HAS_TAIL, HAS_LEFT, HAS_RIGHT)  # fmt: skip
         p16 = gl.convert_layout(p.to(do_smem.dtype), gl.DotOperandLayout(0, dv_layout, 2))
         dv = warpgroup_mma(p16, do, dv, is_async=True)
         dp = warpgroup_mma_wait(1, deps=[dp])
@@ -91,13 +91,13 @@ def _walk(
         mbarrier.arrive(ds_full.index(half))
         dk = warpgroup_mma(gl.convert_layout(ds16, gl.DotOperandLayout(0, dk_layout, 2)), q, dk, is_async=True)
         if SUM_DPK:
-            pq = pq_smem.index(stage)._reinterpret(pq_smem.dtype, [BLOCK_M, BLOCK_R], pq_layout)
+            pq = pq_smem.index(stage)._reinterpret(pq_smem.dtype, [SLAB, BLOCK_R], pq_layout)
             dphi = warpgroup_mma(
                 gl.convert_layout(ds16, gl.DotOperandLayout(0, dphi_layout, 2)), pq.slice(0, BLOCK_G, dim=1), dphi,
                 is_async=True,
             )  # fmt: skip
         mbarrier.wait(ds_full.index(half), (step >> 1) & 1)
-        dq = gl.zeros([BLOCK_M, DQ_COLUMNS], gl.float32, part_layout)
+        dq = gl.zeros([SLAB, DQ_COLUMNS], gl.float32, part_layout)
         for c in gl.static_range(CONSUMERS):
             k_c = k_smem.index(c)._reinterpret(k_smem.dtype, [ROWS, BLOCK_D], k_layout)
             dq = warpgroup_mma(
@@ -105,7 +105,7 @@ def _walk(
                 use_acc=c > 0, is_async=True,
             )  # fmt: skip
         if OWN_DPQ:
-            dpq = gl.zeros([BLOCK_M, BLOCK_G], gl.float32, dphi_layout)
+            dpq = gl.zeros([SLAB, BLOCK_G], gl.float32, dphi_layout)
             for c in gl.static_range(CONSUMERS):
                 pk_c = pk_smem.index(c)._reinterpret(pk_smem.dtype, [ROWS, BLOCK_R], pk_layout)
                 dpq = warpgroup_mma(
@@ -120,16 +120,16 @@ def _walk(
         store_wait(0)
         if OWN_DPQ:
             dq, dpq = warpgroup_mma_wait(0, deps=[dq, dpq])
-            dpq_smem._reinterpret(gl.float32, [BLOCK_M, BLOCK_G], dpq_layout).store(dpq)
+            dpq_smem._reinterpret(gl.float32, [SLAB, BLOCK_G], dpq_layout).store(dpq)
         else:
             dq = warpgroup_mma_wait(0, deps=[dq])
         mbarrier.arrive(ds_empty.index(half))
-        dq_smem.index(w)._reinterpret(gl.float32, [BLOCK_M, DQ_COLUMNS], dq_layout).store(dq)
+        dq_smem.index(w)._reinterpret(gl.float32, [SLAB, DQ_COLUMNS], dq_layout).store(dq)
         fence_async_shared()
         slab = (bh * slabs + tile) * CONSUMERS + w
-        reduce_add(dq_desc, [slab * (ROWS * DQ_COLUMNS // LINE), 0], dq_smem.index(w))
+        reduce_add(dq_desc, [slab * (SLAB * DQ_COLUMNS // LINE), 0], dq_smem.index(w))
         if OWN_DPQ:
-            reduce_add(dpq_desc, [(f_q * slabs + tile) * (ROWS * BLOCK_G // LINE), 0], dpq_smem)
+            reduce_add(dpq_desc, [(f_q * slabs + tile) * (SLAB * BLOCK_G // LINE), 0], dpq_smem)
         step += 1
     return dk, dv, dphi, step
 
@@ -140,11 +140,11 @@ def _consume(
     ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty, ds_full, ds_empty,
     units, pairs, heads, num_blocks, num_heads, group, slabs, seqlen_q, seqlen_k, shift, left, right, scale, pq_s1,
     pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_TAIL: gl.constexpr,
-    HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr, SUM_DPK: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr,
-    q_layout: gl.constexpr, k_layout: gl.constexpr, v_layout: gl.constexpr, do_layout: gl.constexpr,
-    pq_layout: gl.constexpr, pk_layout: gl.constexpr, dq_layout: gl.constexpr, dpq_layout: gl.constexpr,
-    dpk_layout: gl.constexpr, DQ_COLUMNS: gl.constexpr, CONSUMERS: gl.constexpr, ALTERNATES: gl.constexpr,
+    HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr, SUM_DPK: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr,
+    BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr, q_layout: gl.constexpr,
+    k_layout: gl.constexpr, v_layout: gl.constexpr, do_layout: gl.constexpr, pq_layout: gl.constexpr,
+    pk_layout: gl.constexpr, dq_layout: gl.constexpr, dpq_layout: gl.constexpr, dpk_layout: gl.constexpr,
+    DQ_COLUMNS: gl.constexpr, CONSUMERS: gl.constexpr, ALTERNATES: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup w: 64 keys of every tile."""
     BLOCK_N: gl.constexpr = ROWS * CONSUMERS
@@ -162,9 +162,7 @@ def _consume(
             unit_of(turn, ALTERNATES), num_blocks, pairs, heads, num_heads // group, HAS_LEFT or HAS_RIGHT
         )
         start_n = block * BLOCK_N
-        lo, full_lo, full_hi, hi = query_tiles(
-            start_n, seqlen_q, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
-        )
+        lo, full_lo, full_hi, hi = query_tiles(start_n, seqlen_q, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
         dk = gl.zeros([ROWS, BLOCK_D], gl.float32, dk_layout)
         dv = gl.zeros([ROWS, BLOCK_DV], gl.float32, dv_layout)
         dphi = gl.zeros([ROWS, BLOCK_G], gl.float32, dphi_layout)
@@ -189,7 +187,7 @@ def _consume(
                         f_q, bh, slabs, start_n, k, v, pk, q_smem, k_smem, do_smem, pq_smem, pk_smem,
                         ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, q_full, q_empty, ds_full, ds_empty, dq_desc,
                         dpq_desc, seqlen_k, shift, left, right, scale * LOG2E,
-                        part != 1, HAS_TAIL, HAS_LEFT, HAS_RIGHT, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_M, BLOCK_D,
+                        part != 1, HAS_TAIL, HAS_LEFT, HAS_RIGHT, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_D,
                         BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout, do_layout, pq_layout, pk_layout, dq_layout,
                         dpq_layout, DQ_COLUMNS, CONSUMERS,
                     )  # fmt: skip
@@ -223,7 +221,7 @@ def _bwd_wide_kernel(
     dpk_desc, units, pairs, heads, num_blocks, num_heads, group, slabs, stride_rows, seqlen_q, seqlen_k, shift, left,
     right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
     HAS_TAIL: gl.constexpr, HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr, SUM_DPK: gl.constexpr, STAGES: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr,
     DQ_COLUMNS: gl.constexpr, CONSUMERS: gl.constexpr, ALTERNATES: gl.constexpr, REGISTERS: gl.constexpr,
     q_layout: gl.constexpr, k_layout: gl.constexpr, v_layout: gl.constexpr, do_layout: gl.constexpr,
     pq_layout: gl.constexpr, pk_layout: gl.constexpr, ds_layout: gl.constexpr, dq_layout: gl.constexpr,
@@ -234,23 +232,23 @@ def _bwd_wide_kernel(
     rows_layout: gl.constexpr = gl.SharedLinearLayout(offset_bases=[[1], [8], [2], [4], [16], [32]])
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [CONSUMERS, 1, 1, ROWS, BLOCK_D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(v_desc.dtype, [CONSUMERS, 1, 1, ROWS, BLOCK_DV], v_desc.layout)
-    q_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_D], q_desc.layout)
-    do_smem = gl.allocate_shared_memory(do_desc.dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_DV], do_desc.layout)
+    q_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, SLAB, BLOCK_D], q_desc.layout)
+    do_smem = gl.allocate_shared_memory(do_desc.dtype, [STAGES, 1, 1, SLAB, BLOCK_DV], do_desc.layout)
     pq_smem = q_smem
     pk_smem = k_smem
     if HAS_PHI:
-        pq_smem = gl.allocate_shared_memory(pq_desc.dtype, [STAGES, 1, BLOCK_M, BLOCK_R], pq_desc.layout)
+        pq_smem = gl.allocate_shared_memory(pq_desc.dtype, [STAGES, 1, SLAB, BLOCK_R], pq_desc.layout)
         pk_smem = gl.allocate_shared_memory(pk_desc.dtype, [CONSUMERS, 1, ROWS, BLOCK_R], pk_desc.layout)
-    ds_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * CONSUMERS, ROWS, BLOCK_M], ds_layout)
-    dq_smem = gl.allocate_shared_memory(gl.float32, [CONSUMERS, BLOCK_M * DQ_COLUMNS // LINE, LINE], dq_desc.layout)
+    ds_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * CONSUMERS, ROWS, SLAB], ds_layout)
+    dq_smem = gl.allocate_shared_memory(gl.float32, [CONSUMERS, SLAB * DQ_COLUMNS // LINE, LINE], dq_desc.layout)
     dpq_smem = dq_smem
     dpk_smem = dq_smem
     if SUM_DPQ:
-        dpq_smem = gl.allocate_shared_memory(gl.float32, [BLOCK_M * BLOCK_G // LINE, LINE], dpq_desc.layout)
+        dpq_smem = gl.allocate_shared_memory(gl.float32, [SLAB * BLOCK_G // LINE, LINE], dpq_desc.layout)
     if SUM_DPK:
         dpk_smem = gl.allocate_shared_memory(gl.float32, [CONSUMERS, 1, ROWS, BLOCK_G], dpk_desc.layout)
-    lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], rows_layout)
-    delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], rows_layout)
+    lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, SLAB], rows_layout)
+    delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, SLAB], rows_layout)
     kv_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     kv_empty = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -273,21 +271,21 @@ def _bwd_wide_kernel(
                         pk_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, dpk_smem, kv_full, kv_empty, q_full,
                         q_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, slabs, seqlen_q,
                         seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT,
-                        HAS_RIGHT, HAS_TAIL, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_M, BLOCK_D, BLOCK_DV, BLOCK_R,
-                        BLOCK_G, q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout, dq_layout, dpq_layout,
+                        HAS_RIGHT, HAS_TAIL, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G,
+                        q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout, dq_layout, dpq_layout,
                         dpk_layout, DQ_COLUMNS, CONSUMERS, ALTERNATES)),
             (_consume, (1, dq_desc, dk_desc, dv_desc, dpq_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem,
                         pk_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, dpk_smem, kv_full, kv_empty, q_full,
                         q_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, slabs, seqlen_q,
                         seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT,
-                        HAS_RIGHT, HAS_TAIL, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_M, BLOCK_D, BLOCK_DV, BLOCK_R,
-                        BLOCK_G, q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout, dq_layout, dpq_layout,
+                        HAS_RIGHT, HAS_TAIL, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G,
+                        q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout, dq_layout, dpq_layout,
                         dpk_layout, DQ_COLUMNS, CONSUMERS, ALTERNATES)),
             (produce, (q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, lse_ptr, delta_ptr, q_smem, k_smem, v_smem,
                        do_smem, pq_smem, pk_smem, lse_smem, delta_smem, kv_full, kv_empty, q_full, q_empty, units,
                        pairs, heads, num_blocks, num_heads, group, stride_rows, seqlen_q, shift, left, right, pq_s1,
-                       pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_PHI, STAGES, BLOCK_M, BLOCK_D,
-                       BLOCK_DV, BLOCK_R, CONSUMERS, 1, ALTERNATES)),
+                       pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_PHI, STAGES, BLOCK_D, BLOCK_DV,
+                       BLOCK_R, CONSUMERS, 1, ALTERNATES)),
         ],
         [4, 1],
         [REGISTERS, 24],
