@@ -335,8 +335,8 @@ def implementations() -> dict[str, str | None]:
     return {name: _unavailable(name) for name in _MODULES}
 
 
-def _unavailable(name: str) -> str | None:
-    return _KERNELS[name].unavailable() if name in _KERNELS else None
+def _unavailable(name: str, device: torch.device | None = None) -> str | None:
+    return _KERNELS[name].unavailable(device) if name in _KERNELS else None
 
 
 def _choose(call: Call, impl: str) -> Explanation:
@@ -359,7 +359,7 @@ def _choose(call: Call, impl: str) -> Explanation:
 
 
 def _obstacle(name: str, call: Call) -> str | None:
-    return _unavailable(name) or _MODULES[name].unsupported(call)
+    return _unavailable(name, call.query.device) or _MODULES[name].unsupported(call)
 
 
 def _chosen(call: Call, impl: str) -> str:

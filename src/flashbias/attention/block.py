@@ -220,7 +220,8 @@ def block_implementation(call: Call, impl: str = "auto") -> str:
     if impl == "reference" or (impl == "auto" and call.query.device.type == "cpu"):
         return "reference"
     asked = KERNELS if impl == "auto" else {impl: KERNELS[impl]}
-    reasons = {name: kernels.unavailable() or kernels.unsupported(call) for name, kernels in asked.items()}
+    device = call.query.device
+    reasons = {name: kernels.unavailable(device) or kernels.unsupported(call) for name, kernels in asked.items()}
     possible = [name for name, reason in reasons.items() if reason is None]
     if impl != "auto" and not possible:
         raise NotImplementedError(f"impl={impl!r} cannot do this block: {reasons[impl]}; 'reference' would")

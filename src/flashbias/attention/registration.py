@@ -11,6 +11,7 @@ import importlib
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -65,11 +66,12 @@ def _forward(
     out = _output_like(query, value)
     lse = _lse_like(query)
     packed = _packed_like(query, phi_q, phi_k, hand_over)
-    _module(impl, "forward").launch(
-        out, lse, query, key, value, phi_q, phi_k, table, code_q, code_k, attn_mask, cu_seqlens_q, cu_seqlens_k,
-        dropout_seed, max_seqlen_q, max_seqlen_k, ranks, scale, window_left, window_right, bottom_right, dropout_p,
-        Handed(packed, is_filled=False) if hand_over else None,
-    )  # fmt: skip
+    with _device_of(query):
+        _module(impl, "forward").launch(
+            out, lse, query, key, value, phi_q, phi_k, table, code_q, code_k, attn_mask, cu_seqlens_q, cu_seqlens_k,
+            dropout_seed, max_seqlen_q, max_seqlen_k, ranks, scale, window_left, window_right, bottom_right, dropout_p,
+            Handed(packed, is_filled=False) if hand_over else None,
+        )  # fmt: skip
     return out, lse, packed
 
 
@@ -116,11 +118,12 @@ def _backward(
     are measured from `-dlse` alone: then the keys may be a part of those that `lse` is of.
     """
     grads = _gradients_like((query, key, value, phi_q, phi_k, table), needs_grad)
-    _module(impl, "backward").launch(
-        grads, dout, dlse, out, lse, tuple(needs_grad), query, key, value, phi_q, phi_k, table, code_q, code_k,
-        attn_mask, cu_seqlens_q, cu_seqlens_k, dropout_seed, max_seqlen_q, max_seqlen_k, ranks, scale, window_left,
-        window_right, bottom_right, dropout_p, None if packed is None else Handed(packed, is_filled=True),
-    )  # fmt: skip
+    with _device_of(query):
+        _module(impl, "backward").launch(
+            grads, dout, dlse, out, lse, tuple(needs_grad), query, key, value, phi_q, phi_k, table, code_q, code_k,
+            attn_mask, cu_seqlens_q, cu_seqlens_k, dropout_seed, max_seqlen_q, max_seqlen_k, ranks, scale, window_left,
+            window_right, bottom_right, dropout_p, None if packed is None else Handed(packed, is_filled=True),
+        )  # fmt: skip
     return grads
 
 
@@ -139,6 +142,11 @@ def _fake_backward(
     *_: Any,
 ) -> list[Tensor]:
     return _gradients_like((query, key, value, phi_q, phi_k, table), needs_grad)
+
+
+def _device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Makes the GPU where x lies the current one: Triton launches on that, wherever the arguments lie."""
+    return torch.cuda.device_of(x) if x.is_cuda else nullcontext()
 
 
 @functools.cache

@@ -188,7 +188,7 @@ class TestChoice:
     @pytest.mark.parametrize("is_slower", [False, True])
     def test_auto_takes_it_where_it_can_and_is_fastest(self, is_slower: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         for kernels in (hopper, triton):
-            monkeypatch.setattr(kernels, "unavailable", lambda: None)
+            monkeypatch.setattr(kernels, "unavailable", lambda *_: None)
         monkeypatch.setattr(hopper, "is_slower", lambda call: is_slower)
         explanation = fb.explain(*self.tensors("cuda"))
         assert explanation.reasons["hopper"] is None
@@ -206,7 +206,7 @@ class TestChoice:
         """A call asks no more implementations than it needs; the answer is that of asking all."""
         taken = []
         for name, kernels in (("hopper", hopper), ("triton", triton)):
-            monkeypatch.setattr(kernels, "unavailable", lambda: None)
+            monkeypatch.setattr(kernels, "unavailable", lambda *_: None)
             monkeypatch.setattr(kernels, "run", lambda call, name=name: (taken.append(name) or call.query, None))
         monkeypatch.setattr(hopper, "is_slower", lambda call: is_slower)
         query, key, value = self.tensors("cuda", n=n)
@@ -216,7 +216,7 @@ class TestChoice:
         assert taken == [explained.impl]
 
     def test_a_named_one_never_falls_back(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(hopper, "unavailable", lambda: None)
+        monkeypatch.setattr(hopper, "unavailable", lambda *_: None)
         with pytest.raises(NotImplementedError, match=r"impl='hopper'.*16 queries.*would take"):
             fb.attention(*self.tensors("cuda", n=16), impl="hopper")
 

@@ -44,11 +44,17 @@ NARROWEST_STEP = 8
 """Elements in the 16 bytes to which the copy engine wants rows aligned."""
 
 
-def unavailable() -> str | None:
-    """What keeps the kernels from running on this machine at all, None if nothing."""
+def unavailable(device: torch.device | None = None) -> str | None:
+    """What keeps the kernels from running on this machine at all, None if nothing.
+
+    Args:
+        device: the GPU in question; default, and in place of what is no GPU, the current one.
+    """
     if not torch.cuda.is_available() or torch.version.hip is not None:
         return "no CUDA device"
-    return _obstacle(torch.cuda.current_device())
+    if device is None or device.type != "cuda" or device.index is None:
+        return _obstacle(torch.cuda.current_device())
+    return _obstacle(device.index)
 
 
 @functools.cache

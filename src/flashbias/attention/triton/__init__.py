@@ -24,15 +24,21 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def unavailable() -> str | None:
-    """What keeps the kernels from running on this machine at all, None if nothing."""
+def unavailable(device: torch.device | None = None) -> str | None:
+    """What keeps the kernels from running on this machine at all, None if nothing.
+
+    Args:
+        device: the GPU in question; default, and in place of what is no GPU, the current one.
+    """
     if find_spec("triton") is None:
         return "the package triton is not installed"
     if interpreted():
         return None
     if not torch.cuda.is_available():
         return "no CUDA device (or set TRITON_INTERPRET=1 before the start to run kernels slowly on a CPU)"
-    return _obstacle(torch.cuda.current_device())
+    if device is None or device.type != "cuda" or device.index is None:
+        return _obstacle(torch.cuda.current_device())
+    return _obstacle(device.index)
 
 
 @functools.cache
