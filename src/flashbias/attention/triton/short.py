@@ -144,16 +144,11 @@ def window_bias(
 
 
 @triton.jit
-def own_members(walk, walk_s1, walk_v2, members_per_split, num_heads):
-    """Which windows of a walk are this program's, and where they lie: batch element `first_b + member * b_step`, head.
-
-    All members of a walk are of one head, and equally far from each other.
-    """
-    first = tl.program_id(1) * members_per_split
-    last = tl.minimum(first + members_per_split, walk_s1)
+def place_of(walk, walk_s1, walk_v2, num_heads):
+    """Where the members of a walk lie: batch element of the first, distance to the next, and the head of all."""
     b_step = walk_v2 // num_heads
     first_b = (walk // walk_v2) * walk_s1 * b_step + (walk % walk_v2) // num_heads
-    return first, last, first_b, b_step, tl.cast(walk % num_heads, tl.int64)
+    return first_b, b_step, tl.cast(walk % num_heads, tl.int64)
 
 
 @triton.jit
@@ -271,7 +266,8 @@ def _fwd_short_kernel(
 ):
     """Output and log-sum-exp of windows that share their bias, one after the other."""
     walk = tl.program_id(0)
-    first, last, first_b, b_step, h = own_members(walk, walk_s1, walk_v2, members_per_split, num_heads)
+    first = tl.program_id(1) * members_per_split
+    last = tl.minimum(first + members_per_split, walk_s1)
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
@@ -284,6 +280,7 @@ def _fwd_short_kernel(
         HAS_RANKS, PHI_MODE, PHI_CHUNKS, HAS_TABLE, HAS_CODES, HAS_MASK, PRECISION, INTERPRETED, BLOCK_M, BLOCK_N,
         BLOCK_R,
     )  # fmt: skip
+    first_b, b_step, h = place_of(walk, walk_s1, walk_v2, num_heads)
     q_ptr += h * stride_qh
     k_ptr += (h // group) * stride_kh
     v_ptr += (h // group) * stride_vh

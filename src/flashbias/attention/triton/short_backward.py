@@ -26,7 +26,7 @@ from flashbias.attention.triton.configs import walk_config
 from flashbias.attention.triton.operands import Operands, multiprocessors, strides_of
 from flashbias.attention.triton.products import product
 from flashbias.attention.triton.scores import LOG2E, dropout_keep
-from flashbias.attention.triton.short import own_members, power, window_bias
+from flashbias.attention.triton.short import place_of, power, window_bias
 from flashbias.attention.triton.tiles import group_of, load_factor, load_tile, member_of, store_tile
 
 __all__ = ["fits", "launch"]
@@ -156,7 +156,8 @@ def _bwd_short_kernel(
 ):
     """All gradients of windows that share their bias, one after the other."""
     walk = tl.program_id(0)
-    first, last, first_b, b_step, h = own_members(walk, walk_s1, walk_v2, members_per_split, num_heads)
+    first = tl.program_id(1) * members_per_split
+    last = tl.minimum(first + members_per_split, walk_s1)
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
@@ -169,6 +170,7 @@ def _bwd_short_kernel(
         HAS_RANKS, PHI_MODE, PHI_CHUNKS, HAS_TABLE, HAS_CODES, HAS_MASK, PRECISION, INTERPRETED, BLOCK_M, BLOCK_N,
         BLOCK_R,
     )  # fmt: skip
+    first_b, b_step, h = place_of(walk, walk_s1, walk_v2, num_heads)
     q_ptr += h * stride_qh
     k_ptr += h * stride_kh
     v_ptr += h * stride_vh
