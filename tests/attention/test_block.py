@@ -11,9 +11,14 @@ import torch
 from torch import Tensor
 
 import flashbias as fb
-from flashbias.attention import block
-from flashbias.attention.block import INPUTS, attention_block, attention_block_backward, checked_block, row_reference
-from flashbias.attention.call import Call, VarlenLayout
+from flashbias.attention.block import (
+    attention_block,
+    attention_block_backward,
+    checked_block,
+    reference,
+    row_reference,
+)
+from flashbias.attention.call import INPUTS, Call, VarlenLayout
 
 N, HEADS, KV_HEADS, WIDTH = 37, 2, 1, 8
 
@@ -171,7 +176,7 @@ def test_reference(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float64 there is nothing but rounding; a few rows at a time or all at once."""
     tolerance = 1e-9 if case.offset > 100 else 1e-12
     assert_blocks_make_the_whole(case, torch.float64, "reference", tolerance)
-    monkeypatch.setattr(block, "BLOCK_SCORES", 1)
+    monkeypatch.setattr(reference, "BLOCK_SCORES", 1)
     assert_blocks_make_the_whole(case, torch.float64, "reference", tolerance)
 
 

@@ -12,9 +12,12 @@ from torch import Tensor
 
 from flashbias.factored import FactoredBias
 
-__all__ = ["Call", "VarlenLayout", "empty_output", "visible"]
+__all__ = ["INPUTS", "Call", "VarlenLayout", "empty_output", "inputs_of", "visible"]
 
 HALF = (torch.float16, torch.bfloat16)
+
+INPUTS = ("query", "key", "value", "phi_q", "phi_k", "table")
+"""What gradients flow to, in the order of the operators."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,13 @@ class Call:
             bias=bias,
             varlen=None,
         )
+
+
+def inputs_of(call: Call) -> tuple[Tensor | None, ...]:
+    """The tensors of a call that gradients flow to, in the order of `INPUTS`; None for those that it has not."""
+    bias = call.bias
+    of_bias = (None, None, None) if bias is None else (bias.phi_q, bias.phi_k, bias.table)
+    return call.query, call.key, call.value, *of_bias
 
 
 def visible(difference: Tensor, left: int | None, right: int | None) -> Tensor:

@@ -15,8 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flashbias.attention.block import INPUTS, inputs_of
-from flashbias.attention.call import Call
+from flashbias.attention.call import INPUTS, Call, inputs_of
 from flashbias.distributed.errors import DisagreementError
 from flashbias.distributed.exchange import naming
 from flashbias.distributed.tiles import Mask

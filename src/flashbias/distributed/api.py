@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from flashbias.attention.block import block_implementation, checked_block, inputs_of
-from flashbias.attention.call import Call
+from flashbias.attention.block import block_implementation, checked_block
+from flashbias.attention.call import Call, inputs_of
 from flashbias.distributed.agreement import Header, agree
 from flashbias.distributed.errors import DisagreementError
 from flashbias.distributed.ring import Plan, ring_attention

@@ -17,14 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashbias.attention.block import (
-    INPUTS,
-    BlockGradients,
-    attention_block,
-    attention_block_backward,
-    row_reference,
-)
-from flashbias.attention.call import Call, VarlenLayout, lse_dtype
+from flashbias.attention.block import attention_block, attention_block_backward, row_reference
+from flashbias.attention.block.gradients import BlockGradients
+from flashbias.attention.call import INPUTS, Call, VarlenLayout, lse_dtype
 from flashbias.distributed.exchange import Hop
 from flashbias.distributed.merge import Merged
 from flashbias.distributed.parcel import Parcel
@@ -322,7 +317,7 @@ class _Backward:
         return replace(self.here, key=key, value=value, phi_q=phi_q, phi_k=phi_k)
 
     def _reference(self) -> Tensor | None:
-        """What phi_k is measured from in dphi_q, the same for all tiles of a row: see `attention/block.py`."""
+        """What phi_k is measured from in dphi_q, the same for all tiles of a row: see `attention/block/`."""
         phi_q, length = self.queries.phi_q, self.queries.query.shape[-2]
         assert phi_q is not None
         everything = slice(0, length)
