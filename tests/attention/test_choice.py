@@ -9,7 +9,7 @@ import torch
 from tests.conftest import INTERPRETED
 
 import flashbias as fb
-from flashbias.attention import api, reference
+from flashbias.attention import choice, reference
 from flashbias.attention.call import Call
 
 KERNELS_RUN_HERE = INTERPRETED or torch.cuda.is_available()
@@ -179,7 +179,7 @@ def test_attention_plans_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(call: Call) -> None:
         raise AssertionError("attention must not plan")
 
-    monkeypatch.setattr(api, "plan_call", fail)
+    monkeypatch.setattr(choice, "plan_call", fail)
     q, k, v = tensors()
     fb.attention(q, k, v, low_rank())
     with pytest.raises(AssertionError, match="must not plan"):

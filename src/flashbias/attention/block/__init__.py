@@ -28,13 +28,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flashbias.attention import hopper, triton
-from flashbias.attention.api import _checked
+from flashbias.attention import hopper
 from flashbias.attention.block import kernels
 from flashbias.attention.block import reference as by_rows
 from flashbias.attention.block.centring import has_reference, reference_of
 from flashbias.attention.block.gradients import BlockGradients
 from flashbias.attention.call import Call
+from flashbias.attention.checks import checked
+from flashbias.attention.choice import KERNELS
 from flashbias.factored import FactoredBias
 
 __all__ = [
@@ -44,9 +45,6 @@ __all__ = [
     "checked_block",
     "row_reference",
 ]
-
-KERNELS = {"hopper": hopper, "triton": triton}
-"""Kernels, fastest first."""
 
 
 def checked_block(
@@ -81,7 +79,7 @@ def checked_block(
         TypeError: as in `flashbias.attention`.
         ValueError: as in `flashbias.attention`.
     """
-    return _checked(
+    return checked(
         query,
         key,
         value,
