@@ -1,9 +1,7 @@
 """Children that measure: what a row may do to them, and what is left to the rows that follow."""
 
-import importlib
 import os
 import signal
-import sys
 import time
 
 import pytest
@@ -11,39 +9,12 @@ import pytest
 import flashbias.bench as bench
 from flashbias.bench import isolation
 from flashbias.bench.isolation import IsolatedTimer
-from flashbias.bench.providers import Provider, registry
+from flashbias.bench.providers import registry
 from flashbias.bench.report import read_rows
 from flashbias.bench.rows import Job, Settings
 
 SETTINGS = Settings("cpu", seed=0, budget_s=0.001, min_repetitions=2, row_limit_s=30)
 CASE = bench.CASES["swin-49"].small()
-
-PROVIDERS = """
-import os, signal, time
-from flashbias.bench.providers import registry
-
-def crash(inputs, grads):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def hang(inputs, grads):  # as within a kernel: no signal handler of the interpreter gets its turn
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
-    time.sleep(60)
-
-def log(inputs, grads):
-    with open(os.path.join(os.path.dirname(__file__), "log"), "a") as file:
-        file.write(f"{os.getpid()}\\n")
-    return registry()["ours/sdpa"].prepare(inputs, grads)
-"""
-
-
-@pytest.fixture
-def mine(tmp_path, monkeypatch):
-    """Providers from a module that a child process can import too."""
-    (tmp_path / "isolated_providers.py").write_text(PROVIDERS)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    module = importlib.import_module("isolated_providers")
-    yield {name: Provider(f"mine/{name}", getattr(module, name)) for name in ("crash", "hang", "log")}
-    sys.modules.pop("isolated_providers")
 
 
 @pytest.fixture
@@ -71,14 +42,10 @@ def job(provider):
     return Job(CASE, "fwd", provider, "float32")
 
 
-def pids(tmp_path):
-    return [int(line) for line in (tmp_path / "log").read_text().split()]
-
-
-def test_one_process_serves_many_rows_and_one_waits(timer, mine, started, tmp_path):
+def test_one_process_serves_many_rows_and_one_waits(timer, mine, started, logged):
     for _ in range(3):
         assert timer.measure(job(mine["log"]), 30).status == "ok"
-    assert len(set(pids(tmp_path))) == 1
+    assert len({pid for *_, pid in logged()}) == 1
     assert len(started) == 2
     timer.close()
     assert not any(worker.is_alive() for worker in started)
@@ -100,9 +67,9 @@ def test_a_hang_costs_one_row(timer, mine, monkeypatch):
     assert time.monotonic() - began < 40
 
 
-def test_a_process_that_dies_between_rows_costs_none(timer, mine, tmp_path):
+def test_a_process_that_dies_between_rows_costs_none(timer, mine, logged):
     assert timer.measure(job(mine["log"]), 30).status == "ok"
-    os.kill(pids(tmp_path)[0], signal.SIGKILL)
+    os.kill(int(logged()[0][-1]), signal.SIGKILL)
     timer._worker._process.join()
     assert timer.measure(job(mine["log"]), 30).status == "ok"
 

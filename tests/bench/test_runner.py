@@ -3,7 +3,6 @@ import functools
 import json
 import os
 import signal
-import sys
 import time
 from types import SimpleNamespace
 
@@ -351,19 +350,6 @@ def test_rows_of_another_seed_are_not_mixed_in(tmp_path):
 # -------------------------------------------------------------------- isolation
 
 
-@pytest.fixture
-def crashing(tmp_path, monkeypatch):
-    """A module that a child process can import too."""
-    (tmp_path / "crashing_provider.py").write_text(
-        "import os, signal\ndef prepare(inputs, grads):\n    os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    import crashing_provider
-
-    yield crashing_provider.prepare
-    sys.modules.pop("crashing_provider")
-
-
 def test_rows_that_matter_come_first_and_resume_goes_on(tmp_path, endless):
     said, seen = [], []
     path = run(
@@ -390,8 +376,8 @@ def test_rows_that_matter_come_first_and_resume_goes_on(tmp_path, endless):
     assert len(said) == 1  # nothing is missing any more
 
 
-def test_a_crash_costs_one_row(tmp_path, crashing):
-    path = run(tmp_path / "out", [Provider("mine/crash", crashing), "ours/sdpa", "ours/reference"], isolate=True)
+def test_a_crash_costs_one_row(tmp_path, mine):
+    path = run(tmp_path / "out", [mine["crash"], "ours/sdpa", "ours/reference"], isolate=True)
     assert statuses(path) == {
         "mine/crash": f"error: process died (signal {int(signal.SIGKILL)})",
         "ours/sdpa": "ok",

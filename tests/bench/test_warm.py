@@ -1,11 +1,7 @@
 """Compiling before anything is timed: every job once, a failure costs its own, the time is kept."""
 
-import importlib
 import json
-import sys
 import time
-
-import pytest
 
 import flashbias.bench as bench
 from flashbias.bench import warm as module
@@ -17,44 +13,14 @@ from flashbias.bench.warm import warm
 SETTINGS = Settings("cpu", seed=0, budget_s=0.001, min_repetitions=2, row_limit_s=30)
 CASES = [bench.CASES[name].small() for name in ("swin-49", "full-32")]
 
-PROVIDERS = """
-import os, signal, time
-from flashbias.bench.providers import registry
-
-def crash(inputs, grads):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def slow(inputs, grads):
-    time.sleep(60)
-
-def log(inputs, grads):
-    with open(os.path.join(os.path.dirname(__file__), "log"), "a") as file:
-        file.write(f"{inputs.case.name} {grads} {os.getpid()}\\n")
-    return registry()["ours/sdpa"].prepare(inputs, grads)
-"""
-
-
-@pytest.fixture
-def mine(tmp_path, monkeypatch):
-    """Providers from a module that a child process can import too."""
-    (tmp_path / "warm_providers.py").write_text(PROVIDERS)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    found = importlib.import_module("warm_providers")
-    yield {name: Provider(f"mine/{name}", getattr(found, name)) for name in ("crash", "slow", "log")}
-    sys.modules.pop("warm_providers")
-
 
 def jobs(*providers, passes=("fwd", "fwdbwd")):
     return [Job(case, pass_name, p, "float32") for case in CASES for pass_name in passes for p in providers]
 
 
-def logged(tmp_path):
-    return [line.split() for line in (tmp_path / "log").read_text().splitlines()]
-
-
-def test_every_job_runs_once_and_passes_share_a_process(mine, tmp_path):
+def test_every_job_runs_once_and_passes_share_a_process(mine, logged):
     assert warm(jobs(mine["log"]), SETTINGS, 2) == {}
-    lines = logged(tmp_path)
+    lines = logged()
     assert sorted(line[:2] for line in lines) == sorted(
         [case.name, grads] for case in CASES for grads in ("False", "True")
     )
@@ -75,11 +41,11 @@ def test_what_a_provider_does_not_support_is_no_failure():
     )
 
 
-def test_a_crash_costs_its_own_unit(mine, tmp_path):
+def test_a_crash_costs_its_own_unit(mine, logged):
     failures = warm(jobs(mine["crash"], mine["log"], passes=("fwd",)), SETTINGS, 1)
     assert list(failures) == [f"{case.name} fwd mine/crash float32" for case in CASES]
     assert all(reason.startswith("error: process died (signal 9") for reason in failures.values())
-    assert [line[0] for line in logged(tmp_path)] == [case.name for case in CASES]
+    assert [line[0] for line in logged()] == [case.name for case in CASES]
 
 
 def test_the_time_is_kept_and_nobody_stays(mine):
@@ -103,7 +69,7 @@ def test_compiling_needs_no_reference(monkeypatch):
     assert row.median_ms == row.max_rel_error == ""
 
 
-def test_a_run_is_warmed_before_it_is_timed(mine, tmp_path):
+def test_a_run_is_warmed_before_it_is_timed(mine, tmp_path, logged):
     seen, said = [], []
     path = bench.run(
         CASES,
@@ -126,7 +92,7 @@ def test_a_run_is_warmed_before_it_is_timed(mine, tmp_path):
     assert [(row.case, row.provider) for row in read_rows(path)] == [
         (name, provider) for name in names for provider in ("mine/crash", "mine/log")
     ]
-    assert len(logged(tmp_path)) == 4  # each case once to compile, once to measure
+    assert len(logged()) == 4  # each case once to compile, once to measure
     facts = json.loads(path.with_suffix(".json").read_text())["warm"]
     assert facts["processes"] == 2
     assert sorted(facts["failures"]) == sorted(f"{name} fwd mine/crash float32" for name in names)
@@ -135,9 +101,9 @@ def test_a_run_is_warmed_before_it_is_timed(mine, tmp_path):
     assert len(said) == 3
 
 
-def test_what_is_on_disk_is_not_compiled_again(mine, tmp_path):
+def test_what_is_on_disk_is_not_compiled_again(mine, tmp_path, logged):
     options = {"small": True, "device": "cpu", "budget_s": 0.001}
     where = (["swin-49"], ["fwd"], [mine["log"]], ["float32"], tmp_path / "out")
     bench.run(*where, **options)
     bench.run(*where, **options, warm=2, resume=True)
-    assert len(logged(tmp_path)) == 1
+    assert len(logged()) == 1
