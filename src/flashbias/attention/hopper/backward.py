@@ -30,6 +30,7 @@ from flashbias.attention.layout import cdiv
 from flashbias.attention.triton import backward as portable
 from flashbias.attention.triton import shared, window
 from flashbias.attention.triton.assembler import soundly_assembled
+from flashbias.attention.triton.launcher import start
 from flashbias.attention.triton.operands import flattened, multiprocessors
 
 __all__ = ["launch"]
@@ -135,8 +136,8 @@ def launch_as(
             "KV_STAGES": config.kv_stages, "SUM_REGISTERS": config.sum_registers,
         }  # fmt: skip
         kernel = _bwd_kernel
-    kernel[(schedule.programs,)](
-        q, k, v, do, pq, pk, lse2, delta, dq_box, descriptor(dk, ROWS, ops.block_d),
+    start(
+        kernel, (schedule.programs,), q, k, v, do, pq, pk, lse2, delta, dq_box, descriptor(dk, ROWS, ops.block_d),
         descriptor(dv, ROWS, ops.block_dv), dpq_box, dpk_box,
         schedule.units, pairs, schedule.heads, blocks, ops.num_heads, ops.group, dq.shape[1], lse2.shape[-1],
         ops.seqlen_q, ops.seqlen_k, ops.shift, ops.window_left, ops.window_right, ops.scale, *ops.sharing_q.sizes,
@@ -159,6 +160,7 @@ def launch_as(
         pk_layout=matrix(pk), ds_layout=layout_of((ROWS, SLAB), ops.q.dtype),
         dq_layout=slabs.order_of(dq_columns),
         dpq_layout=slabs.order_of(block_g), dpk_layout=matrix(dpk_box),
+        kind=(config, ops.shape, ops.q.dtype, schedule.alternates, block_g, dpq is None, dpk is None),
         num_warps=4,
         maxnreg=config.maxnreg,
         **own,

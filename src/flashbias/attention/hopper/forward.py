@@ -13,6 +13,7 @@ from flashbias.attention.hopper.operands import HALF_BYTES, HopperOperands, Shap
 from flashbias.attention.hopper.schedule import Band, Schedule, banded, jagged, unbanded
 from flashbias.attention.layout import cdiv
 from flashbias.attention.triton.assembler import soundly_assembled
+from flashbias.attention.triton.launcher import start
 from flashbias.attention.triton.operands import multiprocessors
 
 __all__ = ["launch"]
@@ -46,13 +47,14 @@ def launch_as(config: Config, ops: HopperOperands, out: torch.Tensor, lse: torch
     if schedule.is_split:
         parts = lse.new_empty((schedule.units - schedule.whole, config.block_m, ops.block_dv))
         parts_lse = lse.new_empty(parts.shape[:2])
-    _fwd_kernel[(schedule.programs,)](
-        q, k, v, o, pq, pk, lse, parts, parts_lse, *_or(lse, ops.table_over_scale, ops.code_q, ops.code_k, terms),
+    start(
+        _fwd_kernel, (schedule.programs,), q, k, v, o, pq, pk, lse, parts, parts_lse,
+        *_or(lse, ops.table_over_scale, ops.code_q, ops.code_k, terms),
         *_or(lse, ops.centring.phi_q, ops.centring.centres, ops.cu_seqlens_q, ops.cu_seqlens_k, counter),
         *numbers, ops.scale, *ops.sharing_q.sizes, *ops.sharing_k.sizes, *ops.table_sizes,
         0 if terms is None else terms.stride(0), *ops.sharing_mask.sizes, *ops.centring.sizes,
         q_layout=matrix(q), k_layout=matrix(k), v_layout=matrix(v), pq_layout=matrix(pq), pk_layout=matrix(pk),
-        o_layout=matrix(o),
+        o_layout=matrix(o), kind=(config, ops.shape, ops.q.dtype),
         **constants,
     )  # fmt: skip
     if schedule.is_split:

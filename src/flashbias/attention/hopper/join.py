@@ -9,6 +9,7 @@ import triton.language as tl
 
 from flashbias.attention.hopper.schedule import Schedule
 from flashbias.attention.layout import next_power_of_2
+from flashbias.attention.triton.launcher import start
 
 __all__ = ["join"]
 
@@ -64,7 +65,9 @@ def join(
         blocks: tiles of one (batch, head) pair.
     """
     rows, block_dv = parts.shape[1:]
-    _join_kernel[(schedule.cut, rows // CHUNK)](
+    start(
+        _join_kernel,
+        (schedule.cut, rows // CHUNK),
         parts,
         parts_lse,
         out,

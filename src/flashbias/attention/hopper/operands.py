@@ -216,8 +216,18 @@ def _padding(ranks: tuple[int, ...], width: int, device: torch.device) -> Tensor
 
 def descriptor(x: Tensor, rows: int, columns: int) -> Any:
     """Describe `[..., n, width]` to the copy engine, in boxes of `rows` × `columns`; past the edges it reads zeros."""
-    box = (1,) * (x.dim() - 2) + (rows, columns)
-    return described(x, box, layout_of(box, x.dtype))
+    made = object.__new__(TensorDescriptor)
+    vars(made).update(_boxed(x.dtype, x.shape, x.stride(), rows, columns), base=x)
+    return made
+
+
+@functools.lru_cache(maxsize=1024)
+def _boxed(
+    dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], rows: int, columns: int
+) -> dict[str, Any]:
+    """Attributes of a descriptor of boxes of rows, in the layout that follows from their size."""
+    box = (1,) * (len(shape) - 2) + (rows, columns)
+    return _described(dtype, shape, strides, box, layout_of(box, dtype))
 
 
 def packed(x: Tensor, rows: int, columns: int) -> Any:

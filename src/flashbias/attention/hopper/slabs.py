@@ -26,6 +26,7 @@ from flashbias.attention.hopper.configs import SLAB
 from flashbias.attention.hopper.gluon import gl
 from flashbias.attention.hopper.operands import described
 from flashbias.attention.layout import cdiv
+from flashbias.attention.triton.launcher import start
 
 __all__ = ["LINE", "box_of", "order_of", "unfold", "zeros"]
 
@@ -88,7 +89,9 @@ def unfold(sums: Tensor, out: Tensor, factor: float) -> None:
     groups, slabs, across, size = sums.shape
     if sums.numel() == 0:
         return
-    _unfold_kernel[(groups * slabs * across,)](
+    start(
+        _unfold_kernel,
+        (groups * slabs * across,),
         sums, out, *out.stride(), out.shape[1], out.shape[2], out.shape[3], slabs, across, factor,
         COLUMNS=size // SLAB, ROWS=SLAB, num_warps=4,
     )  # fmt: skip

@@ -30,6 +30,7 @@ from flashbias.attention.triton.assembler import soundly_assembled
 from flashbias.attention.triton.configs import Config, choose
 from flashbias.attention.triton.dkdv import _bwd_dkdv_kernel
 from flashbias.attention.triton.dq import _bwd_dq_kernel
+from flashbias.attention.triton.launcher import start
 from flashbias.attention.triton.operands import Operands, flattened, multiprocessors, strides_of, walk_sizes
 from flashbias.attention.triton.scores import LOG2E
 from flashbias.attention.triton.tiles import load_tile
@@ -186,7 +187,9 @@ def rows_of(
     lse2, delta = lse.new_empty(shape), lse.new_empty(shape)
     blocks = cdiv(length, 64)
     flat_out = dout if out is None else ops.flat(out)
-    _bwd_delta_kernel[(blocks * ops.batch * ops.num_heads,)](
+    start(
+        _bwd_delta_kernel,
+        (blocks * ops.batch * ops.num_heads,),
         flat_out,
         dout,
         None if dlse is None else dlse.contiguous(),
@@ -282,7 +285,9 @@ def _launch_walk(
     in_registers = factors is not None and factors.chunks == 1 and factors.block_r <= 64 and not ops.needs_two_parts
     block_g = factors.block_r if factors is not None and in_registers else min(64, max(16, next_power_of_2(rank)))
     for first_column in range(0, max(rank, 1), block_g):
-        kernel[(blocks * walk.sharing.groups, splits)](
+        start(
+            kernel,
+            (blocks * walk.sharing.groups, splits),
             **ops.arguments,
             **arguments,
             dphi_ptr=partial,

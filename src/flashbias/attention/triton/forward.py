@@ -15,6 +15,7 @@ from flashbias.attention.triton.assembler import soundly_assembled
 from flashbias.attention.triton.centring import tile_offset
 from flashbias.attention.triton.configs import choose
 from flashbias.attention.triton.join import join
+from flashbias.attention.triton.launcher import start
 from flashbias.attention.triton.operands import Operands
 from flashbias.attention.triton.products import product
 from flashbias.attention.triton.scores import (
@@ -408,7 +409,9 @@ def launch(out: torch.Tensor, lse: torch.Tensor, *arguments: Any) -> None:
         target = out.new_empty((splits, *out_flat.shape), dtype=torch.float32)
         target_lse = lse.new_empty((splits, *lse.shape))
     strides = target.stride()[-4:-1]
-    _fwd_kernel[(blocks * ops.num_programs, splits)](
+    start(
+        _fwd_kernel,
+        (blocks * ops.num_programs, splits),
         **ops.arguments,
         out_ptr=target,
         lse_ptr=target_lse,

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from flashbias.attention.layout import next_power_of_2
+from flashbias.attention.triton.launcher import start
 
 __all__ = ["join"]
 
@@ -57,7 +58,9 @@ def join(parts: torch.Tensor, parts_lse: torch.Tensor, out: torch.Tensor, lse: t
         lse: float32, `[B, H, N]` or any shape of as many elements.
     """
     splits, _, num_heads, seqlen_q, head_dim_v = parts.shape
-    _join_kernel[(lse.numel(),)](
+    start(
+        _join_kernel,
+        (lse.numel(),),
         parts,
         parts_lse,
         out,

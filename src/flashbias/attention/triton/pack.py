@@ -20,6 +20,7 @@ from flashbias.attention import packing
 from flashbias.attention.layout import cdiv, flatten_heads, next_power_of_2
 from flashbias.attention.packing import Form, Handed
 from flashbias.attention.triton.centring import centre_of
+from flashbias.attention.triton.launcher import start
 from flashbias.attention.triton.scores import EXACT, READY, UNSCALED
 
 __all__ = ["FACTOR_STRIDES", "Factors", "by_group", "packed_pair"]
@@ -266,7 +267,9 @@ def packed_pair(
     programs_q, programs_k = groups_q * cdiv(rows_q, BLOCK_ROWS), groups_k * cdiv(m, BLOCK_ROWS)
     parts_q, parts_k = _parts(form.terms)
     block_c = min(next_power_of_2(form.width), WIDEST_BLOCK)
-    _pack_kernel[(programs_q + programs_k, cdiv(form.width, block_c))](
+    start(
+        _pack_kernel,
+        (programs_q + programs_k, cdiv(form.width, block_c)),
         raw_q,
         raw_k,
         packed_q,

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashbias.attention.layout import Sharing, cdiv, next_power_of_2
+from flashbias.attention.triton.launcher import start
 from flashbias.attention.triton.operands import Operands, multiprocessors
 from flashbias.attention.triton.products import product
 from flashbias.attention.triton.scores import LOG2E
@@ -205,7 +206,9 @@ def launch(
     blocks_m, blocks_n = cdiv(ops.seqlen_q, block_m), cdiv(ops.seqlen_k, block_n)
     splits = _splits(sharing, blocks_m * blocks_n, ops.q.device)
     assert ops.phi_q is not None
-    _bwd_shared_kernel[(blocks_m * blocks_n * sharing.groups, splits)](
+    start(
+        _bwd_shared_kernel,
+        (blocks_m * blocks_n * sharing.groups, splits),
         ops.q, ops.k, ops.v, dout, phi_q, phi_k, lse2, delta, dphi_q, dphi_k,
         *ops.q.stride()[:3], *ops.k.stride()[:3], *ops.v.stride()[:3], *dout.stride()[:3],
         *phi_q.stride()[:2], *phi_k.stride()[:2], *_steps(dphi_q), *_steps(dphi_k), lse2.shape[-1],

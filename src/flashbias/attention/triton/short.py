@@ -22,6 +22,7 @@ from torch import Tensor
 
 from flashbias.attention.layout import Sharing, cdiv, common
 from flashbias.attention.triton.configs import SHORT, WalkConfig, walk_config
+from flashbias.attention.triton.launcher import start
 from flashbias.attention.triton.operands import Operands, multiprocessors, strides_of
 from flashbias.attention.triton.products import product
 from flashbias.attention.triton.scores import (
@@ -339,7 +340,9 @@ def launch(ops: Operands, out: Tensor, lse: Tensor) -> None:
     walk, config = walk_of(ops), walk_config("forward", ops)
     assert walk is not None
     splits = splits_of(walk, config.resident * multiprocessors(ops.q.device))
-    _fwd_short_kernel[(walk.groups, splits)](
+    start(
+        _fwd_short_kernel,
+        (walk.groups, splits),
         **ops.arguments,
         out_ptr=out,
         lse_ptr=lse,

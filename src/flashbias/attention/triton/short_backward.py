@@ -23,6 +23,7 @@ from torch import Tensor
 from flashbias.attention.layout import next_power_of_2
 from flashbias.attention.triton import short
 from flashbias.attention.triton.configs import walk_config
+from flashbias.attention.triton.launcher import start
 from flashbias.attention.triton.operands import Operands, multiprocessors, strides_of
 from flashbias.attention.triton.products import product
 from flashbias.attention.triton.scores import LOG2E, dropout_keep
@@ -293,7 +294,9 @@ def launch(
         lse.new_empty((splits, walk.groups, length, rank) if need_phi else (0,))
         for length in (ops.seqlen_q, ops.seqlen_k)
     ]
-    _bwd_short_kernel[(walk.groups, splits)](
+    start(
+        _bwd_short_kernel,
+        (walk.groups, splits),
         **ops.arguments,
         **arguments,
         dout_ptr=dout,

@@ -18,6 +18,7 @@ import triton.language as tl
 from flashbias.attention.layout import Sharing, cdiv
 from flashbias.attention.triton.centring import tile_offset
 from flashbias.attention.triton.configs import choose
+from flashbias.attention.triton.launcher import start
 from flashbias.attention.triton.operands import Operands, multiprocessors, walk_sizes
 from flashbias.attention.triton.products import product
 from flashbias.attention.triton.scores import (
@@ -303,7 +304,9 @@ def launch(
     splits = max(1, min(sharing.members, cdiv(8 * multiprocessors(ops.q.device), programs)))
     sums = torch.zeros(grad.shape, dtype=torch.int64, device=grad.device)
     fixed = _fixed_point(ops, dout, dlse)
-    _bwd_dtable_kernel[(programs, splits)](
+    start(
+        _bwd_dtable_kernel,
+        (programs, splits),
         **ops.arguments,
         **rows,
         sum_ptr=sums,

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from flashbias.attention.layout import Sharing, cdiv, next_power_of_2
 from flashbias.attention.triton.configs import SHORT, choose
+from flashbias.attention.triton.launcher import start
 from flashbias.attention.triton.operands import Operands, multiprocessors, strides_of, walk_sizes
 from flashbias.attention.triton.products import product
 from flashbias.attention.triton.scores import LOG2E, load_codes, rescaled, scores, weights_and_gradients
@@ -325,7 +326,9 @@ def launch(ops: Operands, grads: list[torch.Tensor], rows: dict[str, Any], needs
     for length in (ops.seqlen_q, ops.seqlen_k):
         shape = (splits, sharing.groups, length, rank) if need_phi else (0,)
         partials.append(ops.q.new_empty(shape, dtype=torch.float32))
-    _bwd_window_kernel[(sharing.groups, splits)](
+    start(
+        _bwd_window_kernel,
+        (sharing.groups, splits),
         **ops.arguments,
         **rows,
         **arguments,

@@ -1,0 +1,220 @@
+"""A kernel that is found again is the one that Triton would take; seen without a GPU, by a driver that runs nothing."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.attention.cases import CASES
+from tests.conftest import INTERPRETED
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+pytest.importorskip("triton")
+if INTERPRETED:
+    pytest.skip("kernels are interpreted here, not launched: TRITON_INTERPRET=1 is set", allow_module_level=True)
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime import JITFunction, driver
+
+from flashbias.attention import hopper
+from flashbias.attention import triton as portable
+from flashbias.attention.call import Call
+from flashbias.attention.triton import launcher
+
+ROOMS = [importlib.import_module(f"flashbias.attention.{name}") for name in ("triton", "hopper")]
+PROCESSORS = 132
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class Made(CompiledKernel):
+    """Stands for what would be compiled for a key of Triton's."""
+
+    def __init__(self, name: str, launches: list[Launch]) -> None:
+        self.name, self.launches = name, launches
+        self.module = self.function = self.packed_metadata = None  # nothing is loaded
+        self.module = self
+
+    def launch_metadata(self, grid: Any, stream: int, *values: Any) -> None:
+        return None
+
+    @property
+    def run(self) -> Any:
+        def record(x: int, y: int, z: int, stream: int, *rest: Any) -> None:
+            self.launches.append(Launch(self, (x, y, z), list(rest[5:])))
+
+        return record
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, its grid, and the values of all its parameters."""
+
+    made: Made
+    grid: tuple[int, int, int]
+    values: list[Any]
+
+
+@dataclass
+class Machine:
+    """A GPU on which nothing runs: what is launched, and how often a kernel was found again."""
+
+    launches: list[Launch] = field(default_factory=list)
+    found: int = 0
+
+    def start(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, kind: Any = None, **named: Any) -> None:
+        """As `launcher.start`, compared with what Triton does."""
+        known = len(launcher._compiled)
+        launcher.start(kernel, grid, *arguments, kind=kind, **named)
+        self.found += len(launcher._compiled) == known
+        launched = self.launches[-1]
+        kernel[grid](*arguments, **named)
+        wanted = self.launches[-1]
+        assert launched.made is wanted.made, kernel.fn.__name__
+        assert launched.grid == wanted.grid
+        assert all(x is y for x, y in zip(launched.values, wanted.values, strict=True))
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """A Hopper GPU, as far as the host can tell."""
+    machine = Machine()
+
+    def compile_nothing(self: JITFunction, key: str, *_: Any) -> Made:
+        return self.device_caches[0][0].setdefault(key, Made(self.fn.__name__, machine.launches))
+
+    fake = SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    )
+    monkeypatch.setattr(driver, "_active", fake)
+    monkeypatch.setattr(JITFunction, "_do_compile", compile_nothing)
+    monkeypatch.setattr(launcher, "_compiled", {})
+    for module in modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, JITFunction):
+                monkeypatch.setattr(value, "device_caches", defaultdict(value.create_binder))
+            elif name == "multiprocessors":
+                monkeypatch.setattr(module, name, lambda device: PROCESSORS)
+            elif name == "start":
+                monkeypatch.setattr(module, name, machine.start)
+    return machine
+
+
+def modules() -> Iterator[ModuleType]:
+    """All modules with kernels in them."""
+    for room in ROOMS:
+        for module in pkgutil.iter_modules(room.__path__, f"{room.__name__}."):
+            if module.name != launcher.__name__:
+                yield importlib.import_module(module.name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("impl", ["triton", "hopper"])
+def test_every_launch_is_what_triton_would_launch(
+    impl: str, dtype: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice each case of the grid, so that all kernels of the second time are found; cases follow each other."""
+    if impl == "hopper" and dtype == "float32":
+        pytest.skip("half precision only")
+    for kernels in (hopper, portable):
+        monkeypatch.setattr(kernels, "unavailable", lambda *_: None)
+    # Everything but that tensors lie on the CPU.
+    monkeypatch.setattr(portable, "_on_kernel_device", lambda kind: True)
+    monkeypatch.setattr(hopper, "unsupported", on_this_machine(hopper.unsupported))
+    done = 0
+    for case in CASES:
+        problem = case.build(DTYPES[dtype])
+        leaves = problem.leaves()
+        for turn in range(2):
+            before = machine.found, len(machine.launches)
+            try:
+                out = problem.attend(impl, leaves)
+            except NotImplementedError:
+                break
+            out = out[0] if isinstance(out, tuple) else out
+            out.backward(problem.dout)
+            done += turn
+            if turn:
+                assert machine.found - before[0] == (len(machine.launches) - before[1]) // 2, case.name
+    assert done == len(CASES) if impl == "triton" else done > len(CASES) // 2
+
+
+def on_this_machine(unsupported: Any) -> Any:
+    """As the function, asked of the same call on a GPU."""
+
+    def asked(call: Call) -> str | None:
+        with FakeTensorMode():
+            query = torch.empty(call.query.shape, dtype=call.query.dtype, device="cuda")
+        return unsupported(replace(call, query=query))
+
+    return asked
+
+
+@triton.jit
+def _toy_kernel(x_ptr, y_ptr, size, step, factor, flag, COUNT: tl.constexpr, NAME: tl.constexpr):  # type: ignore[no-untyped-def]
+    pass
+
+
+@triton.jit(do_not_specialize=["size", "step"])
+def _plain_kernel(x_ptr, y_ptr, size, step, factor, flag, COUNT: tl.constexpr, NAME: tl.constexpr):  # type: ignore[no-untyped-def]
+    pass
+
+
+DATA = {dtype: torch.zeros(40, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.int32)}
+POINTERS = st.one_of(
+    st.none(), st.builds(lambda dtype, start: DATA[dtype][start:], st.sampled_from(list(DATA)), st.integers(0, 17))
+)
+SIZES = st.one_of(
+    st.sampled_from([0, 1, 2, 8, 16, -16, 2**31 - 1, 2**31, -(2**31), -(2**31) - 1, 2**32]), st.integers(-40, 40)
+)
+NUMBERS = st.one_of(SIZES, st.sampled_from([0.0, 1.0, 0.5]), st.booleans(), st.none())
+ARGUMENTS = st.tuples(POINTERS, POINTERS, SIZES, SIZES, NUMBERS, NUMBERS)
+CONSTANTS = st.fixed_dictionaries({"COUNT": st.integers(1, 3), "NAME": st.sampled_from(["a", None])})
+OPTIONS = st.fixed_dictionaries(
+    {}, optional={"num_warps": st.sampled_from([4, 8]), "maxnreg": st.sampled_from([None, 64])}
+)
+
+
+@pytest.mark.parametrize("kernel", [_toy_kernel, _plain_kernel], ids=["specialised", "not specialised"])
+def test_keys_tell_apart_what_triton_does(kernel: Any, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
+
+    @given(ARGUMENTS, CONSTANTS, OPTIONS)
+    def compare(arguments: tuple[Any, ...], constants: dict[str, Any], options: dict[str, Any]) -> None:
+        machine.start(kernel, (3, 2), *arguments, **constants, **options)
+
+    compare()
+    assert machine.found > 0
+
+
+def test_a_kind_stands_for_the_constants(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_toy_kernel, "device_caches", defaultdict(_toy_kernel.create_binder))
+    arguments = (DATA[torch.float32], None, 3, 4, 0.5, None)
+    for count in (1, 2, 1):
+        machine.start(_toy_kernel, (1,), *arguments, kind=("count", count), COUNT=count, NAME="a")
+    assert machine.found == 1
+    with pytest.raises(AssertionError, match="_toy_kernel"):  # what happens where the kind says too little
+        machine.start(_toy_kernel, (1,), *arguments, kind=("count", 1), COUNT=3, NAME="a")
+
+
+def test_what_is_no_kernel_of_triton_is_called() -> None:
+    class Interpreted:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *arguments, **named: called.append((grid, arguments, named))
+
+    called: list[Any] = []
+    launcher.start(Interpreted(), (2, 3), 1, kind="any", size=4)
+    assert called == [((2, 3), (1,), {"size": 4})]
