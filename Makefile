@@ -33,7 +33,7 @@ lint: $(VENV)/.installed-dev  ## style, types and import rules
 	$(BIN)/lint-imports
 
 docs: $(VENV)/.installed-dev  ## build the site into site/, warnings are errors
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 unit: $(VENV)/.installed-dev  ## tests on the CPU, published weights included
 	$(ONE_THREAD) $(BIN)/pytest -n $(JOBS) -m "not gpu and not interpreter"
