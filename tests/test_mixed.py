@@ -52,6 +52,8 @@ def test_batches_broadcast():
         (torch.float32, torch.bfloat16, torch.float32),
         (torch.bfloat16, torch.float32, torch.float32),
         (torch.float32, torch.float64, torch.float64),
+        (torch.bfloat16, torch.float16, torch.float32),  # neither holds the other
+        (torch.float16, torch.bfloat16, torch.float32),
     ],
 )
 def test_dense_takes_the_finest_dtype(factors: torch.dtype, dense: torch.dtype, expected: torch.dtype):

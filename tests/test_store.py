@@ -96,6 +96,13 @@ class TestRoundTrip:
         assert torch.equal(found.dense(), bias.dense())
         assert header(path)["flashbias.ranks"] == "1 - 3"
 
+    def test_parts_that_their_groups_share(self, path: Path) -> None:
+        shared = fb.FactoredBias(torch.randn(1, 8, 3), torch.randn(1, 9, 3), ranks=(2,))
+        bias = fb.MixedBias((shared, torch.randn(1, 8, 9)), heads=((0, 3, 4), (2, 1)))
+        save(bias, path)
+        assert torch.equal(load(path).dense(), bias.dense())
+        assert header(path)["flashbias.ranks"] == "2 - - 2 2"
+
     def test_the_report_comes_back_as_a_report(self, path: Path, report: Report) -> None:
         bias = fb.FactoredBias(torch.randn(2, 8, 3), torch.randn(2, 9, 3), report=report)
         save(bias, path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -99,7 +100,7 @@ class MixedBias:
         for part, group in zip(self.parts, self.heads, strict=True):
             matrix = part.dense(dtype) if isinstance(part, FactoredBias) else part
             matrices.append(matrix.expand(*batch, len(group), *matrix.shape[-2:]))
-        common = dtype or max((m.dtype for m in matrices), key=lambda d: torch.finfo(d).bits)
+        common = dtype or reduce(torch.promote_types, (m.dtype for m in matrices))
         return torch.cat([m.to(common) for m in matrices], dim=-3).index_select(-3, self.order())
 
     def order(self) -> Tensor:

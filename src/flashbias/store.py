@@ -170,7 +170,8 @@ def _ranks(bias: FactoredBias | MixedBias) -> str:
     ranks: dict[int, str] = {}
     for part, heads in _groups(bias).values():
         count = part.shape[-3] if heads is None else len(heads)
-        own = ["-"] * count if isinstance(part, Tensor) else map(str, part.ranks or [part.rank] * count)
+        own = ["-"] if isinstance(part, Tensor) else [str(rank) for rank in part.ranks or [part.rank]]
+        own *= count // len(own)  # one rank may stand for a group that shares its part
         ranks |= dict(zip(range(count) if heads is None else heads, own, strict=True))
     return " ".join(ranks[head] for head in sorted(ranks))
 

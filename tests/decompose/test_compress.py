@@ -511,6 +511,11 @@ class TestRefusal:
         set_prices(Cheap)
         with pytest.raises(NotLowRankError, match=r"not even one column pays; a table costs 1\.\d+ times as much"):
             compress(toeplitz(30), 1e-3)
+        for given in ({"mask": causal(30)}, {"weights": torch.rand(30, 30)}):
+            with pytest.raises(NotLowRankError, match="not even one column pays") as caught:
+                compress(noise(30), 1e-3, table=None, **given)
+            (head,) = caught.value.report.heads
+            assert (head.rank, head.energy) == (0, 0.0)
 
     def test_names_a_table_that_would_do_at_a_higher_cost(self, set_prices: SetPrices):
         class DearTables(FixedPrices):

@@ -195,6 +195,8 @@ class Head:
         return weights if self.mask is None else weights * self.mask
 
     def _best(self, rank: int) -> Factors:
+        if rank == 0:
+            return self._no_factors()
         return self._svd(rank) if self._is_unweighted() else self._weighted(rank)
 
     def _weighted(self, rank: int) -> Factors:
