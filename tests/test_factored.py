@@ -234,6 +234,12 @@ def test_ranks_may_be_a_tensor() -> None:
         plain().rank_mask()
 
 
+@pytest.mark.parametrize("ranks", [[1.5, 3], torch.tensor([1.0, 3.0]), 2])
+def test_ranks_are_not_rounded(ranks: object) -> None:
+    with pytest.raises(TypeError, match="ranks must be integers, one per head, got"):
+        fb.FactoredBias(draw(2, 5, 3), draw(2, 5, 3), ranks=ranks)  # type: ignore[arg-type]
+
+
 def test_autocast_does_not_change_the_matrix():
     position = torch.arange(1000.0)[None, :, None]
     one = torch.ones_like(position)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from operator import index
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ class FactoredBias:
             carried along by slicing and moves, and by nothing else.
 
     Raises:
-        TypeError: a factor or the table is not a floating point tensor, or codes are not integers.
+        TypeError: a factor or the table is not a floating point tensor, or codes or ranks are not integers.
         ValueError: ranks, lengths, heads or devices do not fit together; an even table; codes of the
             wrong length.
 
@@ -119,13 +120,19 @@ class FactoredBias:
         Returns:
             A bias with factors of rank 0.
 
+        Raises:
+            TypeError: as the class.
+            ValueError: as the class.
+
         Example:
             >>> import torch, flashbias as fb
             >>> fb.FactoredBias.from_table(torch.tensor([[-1.0, 0.0, 5.0]]), 2, 3).dense()[0]
             tensor([[ 0.,  5.,  5.],
                     [-1.,  0.,  5.]])
         """
-        if not isinstance(table, Tensor) or table.dim() != 2:
+        if not isinstance(table, Tensor) or not table.is_floating_point():
+            raise TypeError(f"table must be a floating point tensor, got {_describe(table)}")
+        if table.dim() != 2:
             raise ValueError(f"table must be a [H or 1, T] tensor, got {_describe(table)}")
         return cls(table.new_zeros(1, seqlen_q, 0), table.new_zeros(1, seqlen_k, 0), table, code_q, code_k)
 
@@ -402,7 +409,10 @@ def _check_table(
 
 
 def _checked_ranks(ranks: Sequence[int] | Tensor, rank: int, num_heads: int) -> tuple[int, ...]:
-    values = tuple(int(r) for r in (ranks.tolist() if isinstance(ranks, Tensor) else ranks))
+    try:
+        values = tuple(index(r) for r in (ranks.tolist() if isinstance(ranks, Tensor) else ranks))
+    except TypeError:
+        raise TypeError(f"ranks must be integers, one per head, got {ranks!r}") from None
     if len(values) != num_heads:
         raise ValueError(f"ranks must have one entry for each of {num_heads} heads, got {len(values)}")
     if any(r < 0 or r > rank for r in values):

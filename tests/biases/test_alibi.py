@@ -120,6 +120,15 @@ def test_at_permuted_positions_permutes_the_bias(symmetric: bool):
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16])
+def test_at_positions_of_narrow_dtypes(dtype: torch.dtype, symmetric: bool):
+    """Their difference need not fit into the dtype that holds them."""
+    info, module = torch.iinfo(dtype), Alibi(3, symmetric=symmetric)
+    positions = torch.tensor([info.min, 0, 7, info.max], dtype=dtype)
+    assert torch.equal(module.at(positions, positions).dense(), module.at(positions.long(), positions.long()).dense())
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize(("n", "m"), [(0, 3), (3, 0), (0, 0)])
 def test_empty(n: int, m: int, symmetric: bool):
     module = Alibi(2, symmetric=symmetric)
@@ -149,5 +158,7 @@ def test_bad_arguments():
         Alibi(4).at(torch.zeros(2, 2, dtype=torch.int64), torch.arange(2))
     with pytest.raises(TypeError, match="position_k"):
         Alibi(4).at(torch.arange(2), torch.zeros(2))
+    with pytest.raises(TypeError, match="position_q must be integers, got list"):
+        Alibi(4).at([0, 1], torch.arange(2))  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="num_heads"):
         alibi_slopes(0)

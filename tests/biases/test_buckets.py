@@ -143,3 +143,20 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match=r"max_distance must exceed 8 .* got 8"):
         RelativeBuckets(2, max_distance=8)
     RelativeBuckets(2, max_distance=9)
+    with pytest.raises(TypeError, match=r"position_q must be integers, got torch\.float32"):
+        RelativeBuckets(2).at(torch.zeros(3), torch.arange(3))
+    with pytest.raises(ValueError, match=r"position_k must be a vector, got shape \(2, 3\)"):
+        RelativeBuckets(2).at(torch.arange(3), torch.zeros(2, 3, dtype=torch.int64))
+
+
+def test_bad_arguments_of_the_function():
+    distance = torch.arange(-9, 9)
+    with pytest.raises(TypeError, match=r"distance must be integers, got torch\.float32"):
+        relative_bucket(distance.float())
+    with pytest.raises(ValueError, match="num_buckets must be at least 4, got 3"):
+        relative_bucket(distance, num_buckets=3)
+    with pytest.raises(ValueError, match="num_buckets must be at least 2, got 1"):
+        relative_bucket(distance, num_buckets=1, bidirectional=False)
+    with pytest.raises(ValueError, match=r"max_distance must exceed 8 .* got 8"):
+        relative_bucket(distance, max_distance=8)
+    assert torch.equal(relative_bucket(distance.to(torch.int8)), relative_bucket(distance))

@@ -131,3 +131,11 @@ def test_bad_arguments():
         module(x, weight=torch.ones(4, dtype=torch.int64))
     with pytest.raises(TypeError, match="str"):
         module(x, weight="heavy")
+    with pytest.raises(ValueError, match=r"center must broadcast against x_q, of shape \(1, 5, 3\), got \(2,\)"):
+        module(x, center=torch.zeros(2))
+    with pytest.raises(ValueError, match=r"center must broadcast against x_k, of shape \(1, 4, 3\), got \(5, 3\)"):
+        module(x, x[:4], center=x)
+    with pytest.raises(ValueError, match=r"center must broadcast against x_q"):
+        module(x, center=torch.zeros(2, 1, 1, 3))  # would make two biases of one
+    with pytest.raises(TypeError, match="center must be floating point, got list"):
+        module(x, center=[0.0, 0.0, 0.0])

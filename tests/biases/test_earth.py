@@ -136,7 +136,7 @@ def test_deferred_initialisation() -> None:
         assert torch.equal(module.get_buffer(name), fresh.get_buffer(name))
 
 
-@pytest.mark.parametrize("window", [(6, 12), (2, 6, 0), (2, 6, 12, 1), (2.0, 6, 12)])
+@pytest.mark.parametrize("window", [(6, 12), (2, 6, 0), (2, 6, 12, 1), (2.0, 6, 12), 6])
 def test_bad_windows(window: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="window must be 3 positive integers"):
         EarthSpecificBias(2, window=window)

@@ -55,3 +55,5 @@ def test_bad_terms():
         Sum(Alibi(2), Alibi(3))
     with pytest.raises(ValueError, match=r"got \[\]"):
         Sum()
+    with pytest.raises(TypeError, match="terms must be biases, got Linear"):
+        Sum(Alibi(2), torch.nn.Linear(2, 2))  # pyright: ignore[reportArgumentType]

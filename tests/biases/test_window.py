@@ -110,7 +110,7 @@ def test_deferred_initialisation():
         assert torch.equal(module.get_buffer(name), fresh.get_buffer(name))
 
 
-@pytest.mark.parametrize("window", [(7,), (2, 2, 2, 2), (0, 3), (3, -1)])
+@pytest.mark.parametrize("window", [(7,), (2, 2, 2, 2), (0, 3), (3, -1), (2.7, 2), 7])
 def test_bad_windows(window: tuple[int, ...]):
-    with pytest.raises(ValueError, match="window must be 2 or 3 positive sides"):
+    with pytest.raises(ValueError, match=r"window must be 2 or 3 positive integers, got [(\d]"):
         WindowBias(2, window)

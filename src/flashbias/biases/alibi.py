@@ -27,7 +27,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flashbias.biases.base import About, Bias, Example, position_codes
+from flashbias.biases.base import About, Bias, Example, check_positions, position_codes
 from flashbias.factored import FactoredBias
 
 __all__ = ["Alibi", "alibi_slopes"]
@@ -181,17 +181,14 @@ class Alibi(Bias):
             As `forward` does. The symmetric form reads the largest distance, which synchronises a GPU.
 
         Raises:
-            TypeError: positions are not integers.
+            TypeError: positions are not tensors of integers.
             ValueError: positions are not vectors, or `dtype` is a half.
         """
-        for name, position in (("position_q", position_q), ("position_k", position_k)):
-            if position.is_floating_point() or position.dtype == torch.bool:
-                raise TypeError(f"{name} must be integers, got {position.dtype}")
-            if position.dim() != 1:
-                raise ValueError(f"{name} must be a vector, got shape {tuple(position.shape)}")
+        check_positions(position_q=position_q, position_k=position_k)
         self._check_positions(0, dtype)
         if not self.symmetric:
             return self._low_rank(position_q, position_k, dtype)
+        position_q, position_k = position_q.long(), position_k.long()  # their difference may not fit a narrow dtype
         reach = 0
         if len(position_q) and len(position_k):
             apart = torch.stack([position_k.max() - position_q.min(), position_q.max() - position_k.min()])

@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -13,7 +14,17 @@ from torch import Tensor, nn
 
 from flashbias.factored import FactoredBias
 
-__all__ = ["About", "Bias", "Example", "position_codes", "query_weight", "registry", "wide_dtype"]
+__all__ = [
+    "About",
+    "Bias",
+    "Example",
+    "check_positions",
+    "checked_sides",
+    "position_codes",
+    "query_weight",
+    "registry",
+    "wide_dtype",
+]
 
 
 @dataclass(frozen=True)
@@ -201,6 +212,43 @@ def position_codes(
         return None, None
     code_q = torch.arange(query_offset, query_offset + seqlen_q, device=device)
     return code_q, torch.arange(key_offset, key_offset + seqlen_k, device=device)
+
+
+def check_positions(**positions: Tensor) -> None:
+    """Check that positions are vectors of integers.
+
+    Args:
+        **positions: tensors by the names of the arguments that they are.
+
+    Raises:
+        TypeError: one is no tensor, or not of integers.
+        ValueError: one is no vector.
+    """
+    for name, position in positions.items():
+        if not isinstance(position, Tensor) or position.is_floating_point() or position.dtype == torch.bool:
+            raise TypeError(f"{name} must be integers, got {getattr(position, 'dtype', type(position).__name__)}")
+        if position.dim() != 1:
+            raise ValueError(f"{name} must be a vector, got shape {tuple(position.shape)}")
+
+
+def checked_sides(name: str, sides: Sequence[int], counts: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the sides of a window or an image as a tuple of integers.
+
+    Args:
+        name: of the argument.
+        sides: in tokens.
+        counts: how many there may be.
+
+    Raises:
+        ValueError: another number of them, or one that is no positive integer.
+    """
+    try:
+        found = tuple(index(side) for side in sides)
+    except TypeError:  # one number for all sides, or a side that is no integer
+        found = ()
+    if len(found) not in counts or min(found) < 1:
+        raise ValueError(f"{name} must be {' or '.join(map(str, counts))} positive integers, got {sides!r}")
+    return found
 
 
 def query_weight(weight: Tensor | float | None, num_heads: int, seqlen_q: int) -> Tensor | float:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from flashbias.biases.base import About, Bias, Example, position_codes, wide_dtype
+from flashbias.biases.base import About, Bias, Example, check_positions, position_codes, wide_dtype
 from flashbias.factored import FactoredBias
 
 __all__ = ["RelativeBuckets", "relative_bucket"]
@@ -41,6 +41,10 @@ def relative_bucket(
     Returns:
         int64 in `0 … num_buckets - 1`, of the same shape.
 
+    Raises:
+        TypeError: distances are not integers.
+        ValueError: too few buckets for one of a single step, or a `max_distance` within the range of those.
+
     Note:
         The logarithm is taken in float32, as the models' own code does: at 16, 32 and 64 it lands on an
         integer, and rounding decides the bucket.
@@ -55,6 +59,13 @@ def relative_bucket(
     """
     per_direction = num_buckets // 2 if bidirectional else num_buckets
     exact = per_direction // 2
+    if distance.is_floating_point():
+        raise TypeError(f"distance must be integers, got {distance.dtype}")
+    if exact < 1:
+        raise ValueError(f"num_buckets must be at least {4 if bidirectional else 2}, got {num_buckets}")
+    if max_distance <= exact:
+        raise ValueError(f"max_distance must exceed {exact} (half a direction's buckets), got {max_distance}")
+    distance = distance.to(torch.int64)
     is_ahead = distance > 0
     steps = distance.abs() if bidirectional else distance.clamp(max=0).neg()
     fraction = torch.log(steps.float() / exact) / math.log(max_distance / exact)
@@ -151,7 +162,12 @@ class RelativeBuckets(Bias):
 
         Returns:
             As `forward` does.
+
+        Raises:
+            TypeError: positions are not tensors of integers.
+            ValueError: positions are not vectors.
         """
+        check_positions(position_q=position_q, position_k=position_k)
         return FactoredBias.from_table(self.table(), len(position_q), len(position_k), position_q, position_k)
 
     def table(self) -> Tensor:

@@ -99,8 +99,9 @@ class SquaredDistance(Bias):
             phi_q and phi_k of rank `dim + 2`, in float64 if an input is, else in float32.
 
         Raises:
-            TypeError: coordinates are not floating point.
-            ValueError: coordinates of different dimension, or heads that are neither 1 nor `num_heads`.
+            TypeError: coordinates or `center` are not floating point.
+            ValueError: coordinates of different dimension, heads that are neither 1 nor `num_heads`, or a `center`
+                that does not broadcast against both sets.
         """
         x_k = x_q if x_k is None else x_k
         self._check_points(x_q, x_k)
@@ -110,7 +111,7 @@ class SquaredDistance(Bias):
         if self.raw_weight is not None:
             weights = weights * nn.functional.softplus(self.raw_weight.to(dtype))[:, None, None]
         x, y = _with_heads(x_q).to(dtype), _with_heads(x_k).to(dtype)
-        center = _center(y, x) if center is None else center.detach().to(dtype)
+        center = _center(y, x) if center is None else _checked_center(center, y, x).to(dtype)
         x, y = x - center, y - center
         phi_q = weights * _interleave(2.0 * x, -_square(x), torch.full_like(x[..., :1], -1.0))
         return FactoredBias(phi_q, _interleave(y, torch.ones_like(y[..., :1]), _square(y)))
@@ -184,6 +185,19 @@ def _interleave(x: Tensor, after_one_quarter: Tensor, after_three_quarters: Tens
     quarter = (x.shape[-1] + 2) // 4
     first, middle, last = x.split([quarter, x.shape[-1] - 2 * quarter, quarter], dim=-1)
     return torch.cat([first, after_one_quarter, middle, after_three_quarters, last], dim=-1)
+
+
+def _checked_center(center: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """The caller's origin, without a gradient: the distance does not depend on it."""
+    if not isinstance(center, Tensor) or not center.is_floating_point():
+        raise TypeError(f"center must be floating point, got {getattr(center, 'dtype', type(center).__name__)}")
+    for name, points in (("x_q", x), ("x_k", y)):
+        lead = points.shape[points.dim() - center.dim() :] if center.dim() <= points.dim() else ()
+        if len(lead) != center.dim() or any(c not in (1, p) for c, p in zip(center.shape, lead, strict=True)):
+            raise ValueError(
+                f"center must broadcast against {name}, of shape {tuple(points.shape)}, got {tuple(center.shape)}"
+            )
+    return center.detach()
 
 
 def _center(y: Tensor, x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from flashbias.biases.base import About, Bias, Example, wide_dtype
+from flashbias.biases.base import About, Bias, Example, checked_sides, wide_dtype
 from flashbias.factored import FactoredBias
 
 __all__ = ["EarthSpecificBias"]
@@ -90,8 +90,8 @@ class EarthSpecificBias(Bias):
 
     def __init__(self, num_heads: int, windows: Sequence[int] = (4, 31), window: Sequence[int] = (2, 6, 12)) -> None:
         super().__init__(num_heads)
-        self.windows = _sides("windows", windows, 2)
-        self.window = _sides("window", window, 3)
+        self.windows = checked_sides("windows", windows, (2,))
+        self.window = checked_sides("window", window, (3,))
         self.num_types, self.num_tokens = math.prod(self.windows), math.prod(self.window)
         pressure, latitude, longitude = self.window
         self.num_rows = (pressure * latitude) ** 2 * (2 * longitude - 1)
@@ -173,10 +173,3 @@ class EarthSpecificBias(Bias):
             example("odd-table", (1, 2), (1, 3, 2), 1),
             example("one-place", (1, 1), (1, 1, 1), 0),
         ]
-
-
-def _sides(name: str, sides: Sequence[int], count: int) -> tuple[int, ...]:
-    sides = tuple(sides)
-    if len(sides) != count or not all(isinstance(side, int) and side >= 1 for side in sides):
-        raise ValueError(f"{name} must be {count} positive integers, got {sides}")
-    return sides

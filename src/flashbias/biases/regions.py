@@ -26,11 +26,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import index
 
 import torch
 from torch import Tensor
 
-from flashbias.biases.base import About, Bias, Example
+from flashbias.biases.base import About, Bias, Example, checked_sides
 from flashbias.factored import FactoredBias
 
 __all__ = ["RegionMask", "ShiftedWindowMask", "region_factors", "shifted_window_regions"]
@@ -226,15 +227,18 @@ class ShiftedWindowMask(Bias):
         penalty: float = 100.0,
     ) -> None:
         super().__init__(num_heads)
-        self.size = _sides("size", size, (2, 3))
-        self.window = _sides("window", window, (len(self.size),))
+        self.size = checked_sides("size", size, (2, 3))
+        self.window = checked_sides("window", window, (len(self.size),))
         if any(length % side for length, side in zip(self.size, self.window, strict=True)):
             raise ValueError(
                 f"window must divide size, got {self.window} for {self.size}; pad the image, and let a window that is "
                 "larger than an axis be the axis, with a shift of 0"
             )
-        self.shift = tuple(side // 2 for side in self.window) if shift is None else tuple(shift)
-        self._check_shift()
+        self.shift = tuple(side // 2 for side in self.window) if shift is None else self._checked_shift(shift)
+        if not any(self.shift):
+            raise ValueError(
+                f"shift must be positive on one axis, got {self.shift}; without a shift, leave the mask out"
+            )
         self.penalty = _checked_penalty(penalty)
         self.num_regions = 2 ** sum(shift > 0 for shift in self.shift)
         self.num_tokens = math.prod(self.window)
@@ -243,16 +247,16 @@ class ShiftedWindowMask(Bias):
         self.register_buffer("region", region, persistent=False)
         self.reset_parameters()
 
-    def _check_shift(self) -> None:
-        fits = len(self.shift) == len(self.window)
-        if not fits or not all(
-            isinstance(s, int) and 0 <= s < side for s, side in zip(self.shift, self.window, strict=True)
+    def _checked_shift(self, shift: Sequence[int]) -> tuple[int, ...]:
+        try:
+            found = tuple(index(by) for by in shift)
+        except TypeError:  # one number for all axes, or one that is no integer
+            found = ()
+        if len(found) != len(self.window) or not all(
+            0 <= by < side for by, side in zip(found, self.window, strict=True)
         ):
-            raise ValueError(f"shift must be {len(self.window)} integers, 0 <= shift < {self.window}, got {self.shift}")
-        if not any(self.shift):
-            raise ValueError(
-                f"shift must be positive on one axis, got {self.shift}; without a shift, leave the mask out"
-            )
+            raise ValueError(f"shift must be {len(self.window)} integers, 0 <= shift < {self.window}, got {shift!r}")
+        return found
 
     def reset_parameters(self) -> None:
         """Fill in the regions (needed after `to_empty`)."""
@@ -368,13 +372,6 @@ def shifted_window_regions(
     # [windows, side, windows, side, …] to windows before sides.
     cut = region.view([n for length, side in zip(size, window, strict=True) for n in (length // side, side)])
     return cut.permute(*range(0, 2 * axes, 2), *range(1, 2 * axes, 2)).reshape(-1, math.prod(window))
-
-
-def _sides(name: str, sides: Sequence[int], counts: tuple[int, ...]) -> tuple[int, ...]:
-    sides = tuple(sides)
-    if len(sides) not in counts or not all(isinstance(side, int) and side >= 1 for side in sides):
-        raise ValueError(f"{name} must be {' or '.join(map(str, counts))} positive integers, got {sides}")
-    return sides
 
 
 def _checked_penalty(penalty: float) -> float:

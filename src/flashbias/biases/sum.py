@@ -40,6 +40,7 @@ class Sum(Bias):
         terms: at least one bias module; all with the same number of heads.
 
     Raises:
+        TypeError: a term is no bias module.
         ValueError: no terms, or different numbers of heads.
 
     Example:
@@ -62,6 +63,9 @@ class Sum(Bias):
     )
 
     def __init__(self, *terms: Bias) -> None:
+        for term in terms:
+            if not isinstance(term, Bias):
+                raise TypeError(f"terms must be biases, got {type(term).__name__}")
         heads = {term.num_heads for term in terms}
         if len(heads) != 1:
             raise ValueError(f"terms must be biases with one number of heads, got {sorted(heads)}")

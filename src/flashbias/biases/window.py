@@ -32,7 +32,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from flashbias.biases.base import About, Bias, Example, wide_dtype
+from flashbias.biases.base import About, Bias, Example, checked_sides, wide_dtype
 from flashbias.factored import FactoredBias
 
 __all__ = ["WindowBias"]
@@ -57,7 +57,7 @@ class WindowBias(Bias):
             `relative_position_bias_table`; T is the product of `2 * side - 1`.
 
     Raises:
-        ValueError: `window` has not 2 or 3 positive sides.
+        ValueError: `window` is not 2 or 3 positive integers.
 
     Example:
         >>> import flashbias as fb
@@ -80,9 +80,7 @@ class WindowBias(Bias):
 
     def __init__(self, num_heads: int, window: Sequence[int], class_token: bool = False) -> None:
         super().__init__(num_heads)
-        self.window = tuple(int(side) for side in window)
-        if len(self.window) not in (2, 3) or min(self.window) < 1:
-            raise ValueError(f"window must be 2 or 3 positive sides, got {tuple(window)}")
+        self.window = checked_sides("window", window, (2, 3))
         self.class_token = class_token
         self.num_offsets = math.prod(2 * side - 1 for side in self.window)
         self.num_tokens = math.prod(self.window) + class_token
