@@ -65,6 +65,9 @@ def test_a_foreign_csv_is_refused(tmp_path):
     path.write_text("")
     with pytest.raises(ValueError, match="must have the columns"):
         render(path)
+    path.write_bytes(b"\x93NUMPY")
+    with pytest.raises(ValueError, match=r"x\.csv is no CSV"):
+        read_rows(path)
     write_rows(path, [])
     with pytest.raises(ValueError, match="holds no row"):
         render(path)

@@ -397,6 +397,7 @@ def test_a_crash_costs_one_row(tmp_path, mine):
         ({"time_limit_s": 0}, "time_limit_s must be positive, got 0"),
         ({"warm": -1}, "warm must be a number of processes, 0 for none, got -1"),
         ({"first": ["nobody"]}, "unknown provider 'nobody'"),
+        ({"name": "mine/bench"}, "name must be that of a file, without a folder, got 'mine/bench'"),
         ({"row_limit_s": -1}, "row_limit_s must be positive, got -1"),
     ],
 )

@@ -94,6 +94,7 @@ def test_a_calibration_measures_fits_and_reports(tmp_path: Path, capsys: pytest.
         (["--calibrate", "--case", "nothing"], "unknown case 'nothing'"),
         (["--calibrate", "--out", "mine.csv/x.csv.json", "--device", "tpu"], "--device must be"),
         (["--out", __file__], "--out must be a folder"),
+        (["--table", str(Path(__file__).parent)], "is a directory"),
         (["paper", "--calibrate"], "--calibrate has cases of its own and does not go with 'paper'"),
         (["papers"], "unknown suite 'papers'; there are bench, paper"),
         (["paper", "--case", "swin-49"], "unknown case 'swin-49'; cases are gpt2-2k"),

@@ -17,6 +17,18 @@ def test_demo_runs_on_the_protein(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert str(tmp_path / "out" / "demo.png") in text
 
 
+def test_a_folder_that_cannot_be_is_found_out_before_measuring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measured(*args: object) -> None:
+        raise AssertionError("nothing may be measured")
+
+    monkeypatch.setattr("flashbias.demo.run", measured)
+    (tmp_path / "file").touch()
+    assert run(["demo", "--copies", "1", "--out", str(tmp_path / "file" / "out")]) == 2
+    assert f"cannot be written: {tmp_path / 'file'} is no folder" in capsys.readouterr().err
+
+
 def test_demo_without_matplotlib_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

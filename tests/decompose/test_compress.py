@@ -623,8 +623,10 @@ GOOD = gaussian(12)
 @pytest.mark.parametrize(
     ("error", "match", "bias", "options"),
     [
-        (TypeError, "bias must be a floating point tensor, got torch.int64", torch.ones(4, 4).long(), {}),
-        (TypeError, "bias must be a floating point tensor, got <class 'list'>", [[1.0]], {}),
+        (TypeError, "bias must be a tensor of float64, .*, got torch.int64", torch.ones(4, 4).long(), {}),
+        (TypeError, "bias must be .*float16, got torch.float8_e5m2", torch.ones(4, 4).to(torch.float8_e5m2), {}),
+        (TypeError, "bias must be a tensor of .*, got <class 'list'>", [[1.0]], {}),
+        (ValueError, "bias must have values, got a tensor on the meta device", GOOD.to("meta"), {}),
         (ValueError, r"bias must be \[N, M\].*got shape \(4,\)", torch.ones(4), {}),
         (ValueError, r"without an empty side, got shape \(2, 0, 4\)", torch.ones(2, 0, 4), {}),
         (ValueError, r"tol must be a number in \(0, 1\), got 1.5", GOOD, {"tol": 1.5}),

@@ -305,6 +305,9 @@ class TestRefused:
         torch.save({"epoch": 3}, tmp_path / "x.pt")
         with pytest.raises(ValueError, match="holds no tensor, but dict"):
             read_layers(tmp_path / "x.pt")
+        save_file({}, tmp_path / "x.safetensors")
+        with pytest.raises(ValueError, match=r"x\.safetensors holds no tensor"):
+            read_layers(tmp_path / "x.safetensors")
 
     @pytest.mark.parametrize(
         ("options", "said"),

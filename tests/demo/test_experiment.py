@@ -73,6 +73,7 @@ def test_nothing_is_begun_that_would_end_too_late() -> None:
         ("num_heads", 0),
         ("head_dim", 4),
         ("seconds", 0.0),
+        ("seconds", float("nan")),
         ("device", "tpu"),
         ("dtype", "float64"),
     ],

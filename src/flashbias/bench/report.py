@@ -70,10 +70,13 @@ def read_rows(path: Path) -> list[Row]:
     """Read a CSV; a last line that an interruption cut short is left out.
 
     Raises:
-        ValueError: the columns are not those of a benchmark.
+        ValueError: it is no text, or the columns are not those of a benchmark.
     """
-    with path.open(newline="") as file:
-        lines = list(csv.reader(file))
+    try:
+        with path.open(newline="") as file:
+            lines = list(csv.reader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is no CSV: {error}") from None
     if not lines or tuple(lines[0]) != COLUMNS:
         raise ValueError(f"{path} must have the columns {','.join(COLUMNS)}, got {','.join(lines[0] if lines else [])}")
     return [Row(*line) for line in lines[1:] if len(line) == len(COLUMNS)]

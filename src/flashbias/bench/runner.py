@@ -204,6 +204,8 @@ class _Files:
     """The CSV as it grows, and the JSON beside it."""
 
     def __init__(self, folder: Path, name: str) -> None:
+        if Path(name).name != name:
+            raise ValueError(f"name must be that of a file, without a folder, got {name!r}")
         folder.mkdir(parents=True, exist_ok=True)
         self.csv, self.json = folder / f"{name}.csv", folder / f"{name}.json"
         self.part = folder / f"{name}.csv.part"

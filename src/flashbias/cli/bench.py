@@ -42,14 +42,20 @@ def bench(
     time_limit: Annotated[float | None, typer.Option(help="Seconds for the whole run.")] = None,
     show: Annotated[bool, typer.Option("--list", help="List cases and providers, and leave.")] = False,
     table: Annotated[
-        Path | None, typer.Option(help="Print the tables of an earlier run's CSV, and leave.", exists=True)
+        Path | None,
+        typer.Option(help="Print the tables of an earlier run's CSV, and leave.", exists=True, dir_okay=False),
     ] = None,
     calibration: Annotated[
         bool, typer.Option("--calibrate", help="Fit the planner's coefficients for this device, and leave.")
     ] = False,
     rows: Annotated[
         list[Path] | None,
-        typer.Option("--from", help="With --calibrate: an earlier run's CSV. Alone, nothing is measured.", exists=True),
+        typer.Option(
+            "--from",
+            help="With --calibrate: an earlier run's CSV. Alone, nothing is measured.",
+            exists=True,
+            dir_okay=False,
+        ),
     ] = None,
 ) -> None:
     """Time this library and its peers; a wrong result has no number.

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from flashbias.cli.progress import progress_bar
+from flashbias.files import check_target
 
 __all__ = ["demo"]
 
@@ -45,6 +46,7 @@ def demo(
         raise ModuleNotFoundError("the plot needs matplotlib: pip install 'flashbias[demo]'")
     from flashbias.demo import Settings, conclusion, markdown, run, write
 
+    check_target(out / "demo.csv")
     settings = Settings(copies, heads, head_dim, device, dtype, seconds, seed)
     with progress_bar() as progress:
         rows = run(settings, progress)

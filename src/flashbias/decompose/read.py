@@ -284,6 +284,8 @@ def _choose(path: Path, key: str | None, shapes: Mapping[str, tuple[int, ...]]) 
     if key is None:
         if len(shapes) == 1:
             return list(shapes)
+        if not shapes:
+            raise ValueError(f"{path} holds no tensor")
         raise ValueError(f"{path} holds {len(shapes)} tensors; key must name one: {_listed(shapes, '')}")
     if key in shapes:
         return [key]

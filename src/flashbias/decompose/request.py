@@ -17,6 +17,9 @@ __all__ = ["FACTOR_DTYPES", "Request"]
 FACTOR_DTYPES = (torch.float32, torch.bfloat16)
 """Dtypes that factors may have, exact first: float32 costs three to six products, bfloat16 one."""
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes that a bias may have."""
+
 
 @dataclass(frozen=True, eq=False)
 class Request:
@@ -157,14 +160,20 @@ def _is_finite(b: Tensor) -> bool:
 
 
 def _checked_shape(bias: Tensor) -> torch.Size:
-    if not isinstance(bias, Tensor) or not bias.is_floating_point():
+    if not isinstance(bias, Tensor) or bias.dtype not in DTYPES:
         found = bias.dtype if isinstance(bias, Tensor) else type(bias)
-        raise TypeError(f"bias must be a floating point tensor, got {found}")
+        raise TypeError(f"bias must be a tensor of {', '.join(map(_name, DTYPES))}, got {found}")
+    if bias.is_meta:
+        raise ValueError("bias must have values, got a tensor on the meta device")
     if bias.dim() < 2 or 0 in bias.shape:
         raise ValueError(
             f"bias must be [N, M] or [*batch, H, N, M] without an empty side, got shape {tuple(bias.shape)}"
         )
     return bias.shape if bias.dim() > 2 else torch.Size((1, *bias.shape))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _check_mask(mask: Tensor | None) -> None:

@@ -50,7 +50,7 @@ class Settings:
             raise ValueError(f"num_heads must lie in 1 … 64, got {self.num_heads}")
         if not 8 <= self.head_dim <= 256:
             raise ValueError(f"head_dim must lie in 8 … 256, got {self.head_dim}")
-        if self.seconds <= 0:
+        if not self.seconds > 0:
             raise ValueError(f"seconds must be positive, got {self.seconds}")
         has_gpu = torch.cuda.is_available()
         if self.device == "auto":
