@@ -14,7 +14,18 @@ from torch.utils.hooks import RemovableHandle
 
 from flashbias.integrations.report import AttentionEntry
 
-__all__ = ["SETTINGS", "Changes", "ExactFamily", "Family", "Options", "Plan", "Tables", "families_for", "known_class"]
+__all__ = [
+    "SETTINGS",
+    "Changes",
+    "ExactFamily",
+    "Family",
+    "Options",
+    "Plan",
+    "Tables",
+    "around",
+    "families_for",
+    "known_class",
+]
 
 SETTINGS = "_flashbias"
 """The attribute under which every attention that is changed keeps what its new forward needs."""
@@ -231,6 +242,18 @@ def known_class(module: nn.Module, names: tuple[str, ...]) -> type[nn.Module] | 
         if f"{cls.__module__}.{cls.__qualname__}" in names:
             return cls
     return None
+
+
+def around(model: nn.Module, part: nn.Module, names: tuple[str, ...]) -> list[Any]:
+    """Return the modules of some classes that a part of a model lies in, the outermost first.
+
+    Args:
+        model: where to look.
+        part: a module of it.
+        names: full names of the classes.
+    """
+    candidates = (module for module in model.modules() if known_class(module, names) is not None)
+    return [module for module in candidates if any(inner is part for inner in module.modules())]
 
 
 def families_for(model: nn.Module) -> list[Family]:

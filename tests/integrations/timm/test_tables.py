@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,10 @@ from tests.integrations.timm.test_swin import swin
 from tests.integrations.timm.vision import widened
 from timm.models.levit import Levit
 from timm.models.swin_transformer_v2 import SwinTransformerV2
-from torch import Tensor
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
+from torch import Tensor, nn
+
+from flashbias.integrations import patch
 
 
 def levit() -> Levit:
@@ -48,6 +52,46 @@ def made(name: str) -> tuple[Any, Tensor]:
 @pytest.mark.parametrize("name", MODELS)
 def test_every_attention_keeps_its_certificate(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     keeps_its_certificates(*made(name), monkeypatch)
+
+
+class Pair(nn.Module):
+    """A student and its teacher, say."""
+
+    def __init__(self, first: Any, second: Any) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        return self.first.forward_features(images) + self.second.forward_features(images)
+
+
+def shared_vit() -> VisionTransformerRelPos:
+    shape: dict[str, Any] = {"img_size": (20, 32), "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4}
+    return widened(
+        VisionTransformerRelPos(**shape, num_classes=0, init_values=0.5, class_token=True, shared_rel_pos=True)
+    )
+
+
+@pytest.mark.parametrize("make", [partial(beit, tables="shared"), beit, shared_vit])
+def test_two_models_in_one_read_their_own_shared_tables(
+    make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    pair = Pair(smooth(make()), smooth(make()))
+    for name, table in pair.second.named_parameters():
+        if name.endswith("relative_position_bias_table"):
+            table.data.mul_(-3.0)
+    keeps_its_certificates(pair, torch.randn(2, 3, 20, 32), monkeypatch)
+
+
+def test_a_model_without_tables_takes_none_from_its_neighbour() -> None:
+    torch.manual_seed(0)
+    pair, images = Pair(smooth(beit(tables="none")), smooth(beit(tables="shared"))), torch.randn(2, 3, 20, 32)
+    with torch.no_grad():
+        expected = pair.first.forward_features(images)
+        report = patch(pair, tol=0.1, tables="factors")
+        assert torch.equal(pair.first.forward_features(images), expected)
+    assert [entry.name for entry in report] == ["second.blocks.0.attn", "second.blocks.1.attn"]
 
 
 @pytest.mark.parametrize("name", ["Swin", "BEiT"])

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flashbias.integrations.base import Changes, known_class
+from flashbias.integrations.base import Changes, around, known_class
 from flashbias.integrations.call import call
 from flashbias.integrations.factors import sources_below
 from flashbias.integrations.tables import StaticTable
@@ -25,7 +25,7 @@ from flashbias.integrations.windows import OffsetTable, bias_of
 __all__ = ["Beit"]
 
 FILE = "timm.models.beit"
-SHARED = (f"{FILE}.RelativePositionBias",)
+MODELS, SHARED = (f"{FILE}.Beit",), (f"{FILE}.RelativePositionBias",)
 
 
 def forward(attention: Any, x: Tensor, shared_rel_pos_bias: OffsetTable | None = None) -> Tensor:
@@ -70,6 +70,18 @@ def shared_table(module: Any) -> OffsetTable:
     return OffsetTable(module.relative_position_bias_table, module.window_size, class_token=True)
 
 
+def shared_of(model: nn.Module, attention: nn.Module) -> nn.Module | None:
+    """The module with the table that a block shares with the others of its BEiT, of which a model may have several."""
+    within = [model, *around(model, attention, MODELS)][-1]
+    return next((module for module in within.modules() if known_class(module, SHARED) is not None), None)
+
+
+def shared_beside(model: nn.Module, attention: nn.Module) -> OffsetTable | None:
+    """Its table."""
+    shared = shared_of(model, attention)
+    return None if shared is None else shared_table(shared)
+
+
 class Beit(TimmFamily):
     """BEiT, v1 and v2."""
 
@@ -79,9 +91,8 @@ class Beit(TimmFamily):
 
     def found_in(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """Without either table there are absolute positions alone."""
-        shared = any(known_class(module, SHARED) is not None for module in model.modules())
         for name, attention in super().found_in(model):
-            if shared or attention.relative_position_bias_table is not None:
+            if table_of(attention, shared_beside(model, attention)) is not None:
                 yield name, attention
 
     def unsupported(self, model: nn.Module, attention: nn.Module) -> str | None:
@@ -94,8 +105,8 @@ class Beit(TimmFamily):
 
     def static_table(self, model: nn.Module, attention: Any) -> StaticTable:
         """Read the table of one block, and of the model."""
-        shared = next((module for module in model.modules() if known_class(module, SHARED) is not None), None)
-        table = table_of(attention, None if shared is None else shared_table(shared))
+        shared = shared_of(model, attention)
+        table = table_of(attention, shared_beside(model, attention))
         assert table is not None, "found_in() keeps attentions with a table"
         modules = [m for m in (attention, shared) if m is not None and m.relative_position_bias_table is not None]
         sources = [source for module in modules for source in sources_below(module, ["relative_position_bias_table"])]

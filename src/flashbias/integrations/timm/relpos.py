@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from flashbias.biases.base import wide_dtype
 from flashbias.factored import FactoredBias
-from flashbias.integrations.base import Changes, known_class
+from flashbias.integrations.base import Changes, around, known_class
 from flashbias.integrations.call import call
 from flashbias.integrations.factors import sources_below
 from flashbias.integrations.tables import StaticTable
@@ -163,24 +163,24 @@ class RelPosViT(TimmFamily):
 
     def found_in(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """Without either module there is no bias."""
-        shared = any(True for _ in self._shared_in(model))
-        return ((name, found) for name, found in super().found_in(model) if shared or found.rel_pos is not None)
+        return ((name, found) for name, found in super().found_in(model) if self._rel_pos_of(model, found))
 
     def unsupported(self, model: nn.Module, attention: Any) -> str | None:
         """Also: a module that forms another bias."""
-        own = () if attention.rel_pos is None else (attention.rel_pos,)
-        reasons = (unknown(rel_pos) for rel_pos in (*own, *self._shared_in(model)))
+        reasons = (unknown(rel_pos) for rel_pos in self._rel_pos_of(model, attention))
         return next(filter(None, reasons), None) or super().unsupported(model, attention)
 
     def static_table(self, model: nn.Module, attention: Any) -> StaticTable:
         """Read the table of one block, or of the model."""
-        return static_table(next(self._shared_in(model)) if attention.rel_pos is None else attention.rel_pos)
+        return static_table(self._rel_pos_of(model, attention)[0])
 
     def prepare(self, model: nn.Module, changes: Changes) -> None:
         """Let the module that would form the bias of all blocks hand out its table."""
-        for rel_pos in self._shared_in(model):
-            changes.set(rel_pos, "get_bias", partial(offset_table, rel_pos))
+        for module in model.modules():
+            if known_class(module, self.models) is not None and module.shared_rel_pos is not None:
+                changes.set(module.shared_rel_pos, "get_bias", partial(offset_table, module.shared_rel_pos))
 
-    def _shared_in(self, model: nn.Module) -> Iterator[Any]:
-        models = (module for module in model.modules() if known_class(module, self.models) is not None)
-        return (found.shared_rel_pos for found in models if found.shared_rel_pos is not None)
+    def _rel_pos_of(self, model: nn.Module, attention: Any) -> list[Any]:
+        """What makes the bias of one block: its own module, and that which it shares with the others of its ViT."""
+        shared = [found.shared_rel_pos for found in around(model, attention, self.models)]
+        return [rel_pos for rel_pos in (attention.rel_pos, *shared) if rel_pos is not None]

@@ -23,7 +23,7 @@ from torch.nn.functional import interpolate
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from flashbias.factored import FactoredBias
-from flashbias.integrations.base import Changes, known_class
+from flashbias.integrations.base import Changes, around, known_class
 from flashbias.integrations.call import settings_of
 from flashbias.integrations.factors import sources_below
 from flashbias.integrations.learned import LearnedTable
@@ -106,8 +106,8 @@ class PatchFamily(TableFamily, TransformersFamily, register=False):
 
     def static_table(self, model: nn.Module, attention: Any) -> StaticTable:
         """Read the table of one attention, for images of the size that the model is made for."""
-        around = [stack for stack in self.stacks_of(model) if any(part is attention for part in stack.modules())]
-        found = (self.own_bias(model, attention), *(self.shared_bias(stack) for stack in around))
+        stacks = around(model, attention, self.stacks)
+        found = (self.own_bias(model, attention), *(self.shared_bias(stack) for stack in stacks))
         modules: list[Any] = [module for module in found if module is not None]
         height, width = size = (int(modules[0].window_size[0]), int(modules[0].window_size[1]))
         biases = [position_bias(module, LatestWindow(), size, dim_size=height * width + 1) for module in modules]
