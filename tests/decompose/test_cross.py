@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from flashbias.decompose import NotLowRankError
 from flashbias.decompose.blocks import BlockFunction
+from flashbias.decompose.bound import spread_allowed
 from flashbias.decompose.cross import _Search, compress_function
 from flashbias.decompose.probe import Goal
 
@@ -97,6 +99,48 @@ def test_queries_and_keys_may_differ_and_heads_have_their_own_rank():
     torch.testing.assert_close(bias.dense(), f(x, y), rtol=0, atol=0.025)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("offset", "slope"), [(0.0, 0.0), (50.0, 0.0), (0.0, 300.0)])
+@pytest.mark.parametrize(("relative_to", "gauge"), [("output", None), ("output", False), ("range", True)])
+def test_errors_up_to_a_constant_of_the_row(
+    relative_to: Literal["output", "range"], gauge: bool | None, offset: float, slope: float, dtype: torch.dtype
+):
+    """Smooth functions have singular values down to rounding, where constants of rows must not come in again."""
+
+    def f(a: Tensor, b: Tensor) -> Tensor:
+        return gaussian(a, b) + offset + slope * a[:, :1]
+
+    x = points(700).to(dtype)
+    bias = compress_function(f, x, tol=0.02, relative_to=relative_to, gauge=gauge)
+    error = bias.dense(torch.float64)[0] - f(x.double(), x.double())
+    spread = error.amax(-1) - error.amin(-1)
+    allowed = spread_allowed(0.02) if relative_to == "output" else 2 * bias.report.limits[0]
+    assert float(spread.max()) <= 1.1 * allowed
+    assert bias.rank <= 40
+
+
+def test_what_is_zero_but_in_one_row():
+    """The rows that are looked at first say nothing of how large the others are."""
+
+    def f(a: Tensor, b: Tensor) -> Tensor:
+        return (a > 0.9999).to(a.dtype) * torch.sin(30 * b.mT)
+
+    x = torch.linspace(0, 1, 700, dtype=torch.float64)[:, None]
+    bias = compress_function(f, x, tol=0.01)
+    assert bias.rank == 1 and bias.report.value_range[0] == pytest.approx(2.0, abs=0.01)
+    torch.testing.assert_close(bias.dense()[0], f(x, x).float(), rtol=0, atol=0.02)
+
+
+def test_rounding_that_takes_too_much_is_said_at_once():
+    x = points(300).double()
+    with pytest.raises(
+        NotLowRankError, match=r"float32 factors cannot hold f so well: .* subtract a constant"
+    ) as caught:
+        compress_function(lambda a, b: 1e6 + gaussian(a, b), x, tol=1e-3)
+    assert not caught.value.report.is_met
+    assert compress_function(gaussian, x, tol=1e-3).report.is_met
+
+
 def test_the_function_is_asked_for_thin_blocks_only():
     asked: list[int] = []
 
@@ -123,6 +167,7 @@ def test_noise_is_refused():
         ({"tol": 1.5}, "tol must be"),
         ({"q_coords": torch.zeros(5)}, "q_coords"),
         ({"f": lambda a, b: torch.full((len(a), len(b)), torch.nan)}, "finite"),
+        ({"f": lambda a, b: torch.full((len(a), len(b)), 1e39, dtype=torch.float64)}, "finite in float32"),
         ({"f": lambda a, b: torch.zeros(3, 4)}, "f must return|shape"),
     ],
 )

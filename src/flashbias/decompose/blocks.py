@@ -79,7 +79,7 @@ class BlockFunction:
 
         Raises:
             TypeError: `f` returned no floating point tensor.
-            ValueError: `f` returned another shape, or values that are not finite.
+            ValueError: `f` returned another shape, or values that are not finite in float32.
         """
         values = self.f(x, y)
         self.evaluations += len(x) * len(y)
@@ -92,9 +92,9 @@ class BlockFunction:
                 f"f must return shape {shape if self.num_heads > 1 else shape[1:]} for coordinates {tuple(x.shape)}, "
                 f"{tuple(y.shape)} (num_heads={self.num_heads}), got {tuple(values.shape)}"
             )
-        bad = int((~values.isfinite()).sum())
+        bad = int((~values.float().isfinite()).sum())
         if bad:
-            raise ValueError(f"f must return finite values, got {bad} of {values.numel()} that are not")
+            raise ValueError(f"f must return values that are finite in float32, got {bad} of {values.numel()} not")
         return values.reshape(shape).to(torch.promote_types(values.dtype, torch.float32))
 
 

@@ -165,11 +165,11 @@ def compress_function(
         their `report`.
 
     Raises:
-        NotLowRankError: the tolerance cannot be met with `max_rank` columns or in `max_bytes`; its report has the
-            best that was reached.
+        NotLowRankError: the tolerance cannot be met with `max_rank` columns, in `max_bytes`, or in float32; its report
+            has the best that was reached.
         TypeError: `f` returns no floating point tensor, coordinates are no real numbers, or an argument is of the
             wrong type.
-        ValueError: `tol` outside (0, 1), shapes that do not fit, values that are not finite.
+        ValueError: `tol` outside (0, 1), shapes that do not fit, values that are not finite in float32.
 
     Example:
         >>> import torch
@@ -297,8 +297,14 @@ class _Search:
         rows, others = self.draw(PROBE_ROWS), self.draw(PROBE_SIDE)
         columns = torch.randperm(seqlen_k, generator=generator)[:PROBE_SIDE].to(function.device)
         low, high, ends = extremes(function, rows, PROBE_SIDE)
-        self.ranges, self.limits = goal.limits(low, high)
+        self.low, self.high = low[:, :0], high[:, :0]
+        self.see(low, high)
         self.probes = [Probe(function, rows, torch.cat([columns, ends])), Probe(function, others, columns)]
+
+    def see(self, low: Tensor, high: Tensor) -> None:
+        """Count some rows, which lie between `low` and `high`, `[H, rows]`, in what `tol` is relative to."""
+        self.low, self.high = torch.cat([self.low, low], dim=1), torch.cat([self.high, high], dim=1)
+        self.ranges, self.limits = self.goal.limits(self.low, self.high)
 
     def run(self) -> FactoredBias:
         """Find the factors."""
@@ -314,10 +320,12 @@ class _Search:
                 if report.is_met:
                     ranks = report.ranks if len(set(report.ranks)) > 1 else None
                     return FactoredBias(phi_q, phi_k, ranks=ranks, report=report)
+                self.check_rounding(phi_q, phi_k, truncations, views, report)
                 del phi_q, phi_k
                 self.margin *= MARGIN
                 for probe, suspects in zip(self.probes, errors.suspects, strict=False):
                     probe.include(*suspects)
+                    self.see(*probe.values.aminmax(dim=-1))
                 found, views = self.choose(skeleton)
             if skeleton.is_whole or size >= self.sample_cap:
                 raise self.refusal(skeleton, found, views)
@@ -329,7 +337,9 @@ class _Search:
         rows, columns = self.pivots_q.take(size), self.pivots_k.take(size)
         self.used[rows] = True
         asymmetry = [limit / 20 for limit in self.limits]  # what is missed shows in the check
-        return Skeleton(self.function, rows, columns, self.rank_cap, self.goal.gauge, asymmetry, self.generator)
+        skeleton = Skeleton(self.function, rows, columns, self.rank_cap, self.goal.gauge, asymmetry, self.generator)
+        self.see(skeleton.low, skeleton.high)
+        return skeleton
 
     def choose(self, skeleton: Skeleton) -> tuple[list[tuple[Truncation, float]], list[list[View]]]:
         """For each head the smallest rank that will do with the error that it leaves, and the head on each probe."""
@@ -369,6 +379,31 @@ class _Search:
             largest=torch.maximum(errors.largest, largest),
             suspects=[*errors.suspects, worst],
         )
+
+    def check_rounding(
+        self,
+        phi_q: Tensor,
+        phi_k: Tensor,
+        truncations: list[Truncation],
+        views: list[list[View]],
+        report: CrossReport,
+    ) -> None:
+        """Give up where float32 takes more than `tol` allows, which no number of columns brings back."""
+        probe = self.probes[0]
+        for head, (truncation, view, limit) in enumerate(zip(truncations, views, self.limits, strict=True)):
+            kept = phi_q[head, probe.rows].double() @ phi_k[head, probe.columns].double().mT - probe.values[head]
+            rounding = float(self.goal.of_rows(*(kept - view[0].error(truncation)).aminmax(dim=-1)).max())
+            if rounding > limit:
+                raise NotLowRankError(
+                    f"float32 factors cannot hold f so well: their rounding alone changes head {head} by {rounding:.4g}"
+                    f", and {self.allowed(head)}; subtract a constant, or raise tol",
+                    report,
+                )
+
+    def allowed(self, head: int) -> str:
+        """What `tol` is relative to, and how much that is."""
+        of = f"range {self.ranges[head]:.4g}" if self.goal.relative_to == "range" else "output"
+        return f"tol={self.goal.tol:g} of the {of} allows {self.limits[head]:.4g}"
 
     def name_worst(self, found: list[tuple[Truncation, float]], views: list[list[View]], count: int) -> None:
         """Have rows of the probes that stand out, and the columns where they do, in the next skeleton."""
@@ -432,10 +467,9 @@ class _Search:
         largest = error.new_tensor([size for _, size in found])
         measured = _Errors(0, 0, row_spread(error), largest, centred.square().mean((1, 2)).sqrt(), [])
         head = int((largest / largest.new_tensor(self.limits)).argmax())
-        of = f"of the range {self.ranges[head]:.4g}" if self.goal.relative_to == "range" else "of the output"
         return NotLowRankError(
             f"f is not of low rank: with {truncations[head].rank} columns, the most that could be tried, head {head} is"
-            f" off by {float(largest[head]):.4g}, and tol={self.goal.tol:g} {of} allows {self.limits[head]:.4g}; raise "
-            f"tol, max_rank ({self.goal.max_rank}) or max_bytes ({self.goal.max_bytes:,})",
+            f" off by {float(largest[head]):.4g}, and {self.allowed(head)}; "
+            f"raise tol, max_rank ({self.goal.max_rank}) or max_bytes ({self.goal.max_bytes:,})",
             self.report(skeleton, truncations, measured),
         )

@@ -181,6 +181,8 @@ class Skeleton:
         rank_cap: most singular values that the crossing can supply: a part of its size, all if it is complete.
         is_whole: it is the whole matrix.
         symmetric: it was taken as symmetric, so one strip serves queries and keys.
+        low: the lowest value of each row of the crossing, `[H, rows]`.
+        high: the highest, likewise.
     """
 
     def __init__(
@@ -195,6 +197,7 @@ class Skeleton:
     ) -> None:
         self.function, self.rows, self.columns = function, rows, columns
         crossing = function.block(rows, columns, f"{len(rows)} rows and columns")
+        self.low, self.high = (end.double() for end in crossing.aminmax(dim=-1))
         sides = list(zip(crossing.shape[1:], function.shape[1:], strict=True))
         self.is_whole = all(part == whole for part, whole in sides)
         self.rank_cap = min(rank_cap, *(part if part == whole else part // OVERSAMPLING for part, whole in sides))
@@ -207,7 +210,12 @@ class Skeleton:
             left, sigma, right = _largest_singular(
                 entries.double() - mean[:, None], self.rank_cap, self.symmetric, generator
             )
-            kept = int((sigma > torch.finfo(entries.dtype).eps * sigma[0]).sum())  # what is less is rounding
+            if (
+                gauge
+            ):  # of a row's constant, rounding leaves something in small vectors, which is divided by their values
+                right = right - right.mean(0)
+            largest = float(sigma[0] + mean.norm() * len(columns) ** 0.5)
+            kept = int((sigma > torch.finfo(entries.dtype).eps * largest).sum())  # what is less is rounding
             self.heads.append(Head(left[:, :kept], sigma[:kept], right[:, :kept], mean, self.symmetric))
 
     def queries(
