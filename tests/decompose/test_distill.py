@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -546,6 +547,14 @@ def test_a_resumed_run_may_go_further(tmp_path: Path):
     assert longer == distill(seeded(Dropping), waves, small_points(), **settings)
 
 
+def test_numbers_of_numpy_make_a_checkpoint_that_can_be_read(tmp_path: Path):
+    settings = {**QUICK, "checkpoint": tmp_path / "c.pt", "resume": True}
+    numbers = {"lr": np.float64(1e-2), "decay": np.float64(0.9), "gauge": np.bool_(True)}
+    distill(seeded(small_student), waves, small_points(), **settings | numbers)
+    again = distill(seeded(small_student), waves, small_points(), **settings | numbers | {"steps": 40})
+    assert again.steps == 40
+
+
 def test_resume_begins_where_there_is_nothing_to_resume(tmp_path: Path):
     report, _ = uninterrupted(tmp_path / "whole.pt")
     fresh, _ = seeded(lambda: resumed(tmp_path / "new" / "c.pt"))
@@ -594,6 +603,11 @@ def test_bad_numbers():
     for bad in (0.0, 1.1, float("nan")):
         with pytest.raises(ValueError, match=r"decay must be in \(0, 1\]"):
             quick(decay=bad)
+    for bad in (1.5, "0", True, 1 << 64):
+        with pytest.raises(ValueError, match=r"seed must be an integer below 2\^62 in size, got"):
+            quick(seed=bad)
+    with pytest.raises(TypeError, match="lr must be a float, got 'fast'"):
+        quick(lr="fast")
     with pytest.raises(ValueError, match="mixed_precision=True needs the student on a GPU, it is on cpu"):
         quick(mixed_precision=True)
 
@@ -619,6 +633,8 @@ def test_bad_student():
     with pytest.raises(TypeError, match="student must return a FactoredBias, got Tensor"):
         quick(Dense(2, 2))
     frozen = small_student().requires_grad_(False)
+    with pytest.raises(TypeError, match=r"parameters in float16.* train it in float32"):
+        quick(small_student().half())
     with pytest.raises(ValueError, match="no parameter that requires a gradient"):
         quick(frozen)
 

@@ -131,7 +131,8 @@ def distill(
 
     Raises:
         TypeError: the student returns no FactoredBias, or the teacher no floating point tensor; data without a
-            length; inputs of another kind.
+            length; inputs of another kind; parameters in float16, which Adam's steps do not fit; `lr` or `decay` that
+            is no number.
         ValueError: a number out of range, no data, nothing to train, mixed precision on a CPU; an answer of the
             teacher of the wrong shape or not finite; a loss that is not finite; a checkpoint that exists and is not
             to be resumed, cannot be read or written, or belongs to another run.

@@ -42,6 +42,8 @@ class Pairs:
         first = next((p for p in student.parameters() if p.requires_grad and p.numel()), None)
         if first is None:
             raise ValueError("student has no parameter that requires a gradient: there is nothing to train")
+        if any(p.dtype == torch.float16 for p in student.parameters() if p.requires_grad):
+            raise TypeError("student has parameters in float16, which Adam's steps do not fit: train it in float32")
         self.student, self.teacher, self.device = student, teacher, first.device
         self.inputs = inputs or (lambda sample: sample)
         on_gpu = first.device.type == "cuda"

@@ -80,7 +80,15 @@ class Settings:
         for name in ("decay_every", "block_q", "block_k", "eval_every", "eval_rows"):
             check_count(name, getattr(self, name))
         check_count("eval_keys", self.eval_keys, optional=True)
-        if not (self.lr > 0 and math.isfinite(self.lr)):
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or abs(self.seed) >= 1 << 62:
+            raise ValueError(f"seed must be an integer below 2^62 in size, got {self.seed!r}")
+        # Numbers of other libraries become Python's: a checkpoint that is read without running code may hold no other.
+        for name, kind in (("lr", float), ("decay", float), ("gauge", bool)):
+            try:
+                object.__setattr__(self, name, kind(getattr(self, name)))
+            except (TypeError, ValueError):
+                raise TypeError(f"{name} must be a {kind.__name__}, got {getattr(self, name)!r}") from None
+        if not 0 < self.lr < math.inf:
             raise ValueError(f"lr must be positive and finite, got {self.lr!r}")
         if not 0 < self.decay <= 1:
             raise ValueError(f"decay must be in (0, 1], got {self.decay!r}")
