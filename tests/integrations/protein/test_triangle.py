@@ -174,6 +174,19 @@ def test_pair_bias_equals_the_formula_with_gradients(lead: tuple[int, ...]) -> N
         torch.testing.assert_close(x, y, rtol=0.0, atol=1e-11)
 
 
+def test_a_tensor_of_which_nothing_is_read() -> None:
+    """No key is valid, or there are no rows, queries or keys at all."""
+    q, k, v = (draw(B, N, H, length, D, grad=False) for length in (Q, K, K))
+    bias, lead, none = smooth(B, 1, H, Q, K), (B, N, H), torch.zeros(B, N, 1, 1, K, dtype=torch.bool)
+    hidden = torch.full_like(bias, math.nan)
+    assert torch.equal(triangle_attention(q, k, v, hidden, none), torch.zeros_like(q))
+    assert torch.equal(triangle_attention(q, k, v, hidden, kv_lengths=torch.zeros_like(lengths())), torch.zeros_like(q))
+    assert torch.equal(pair_bias_attention(q, k, v, hidden, none), torch.zeros_like(q))
+    assert triangle_attention(q[..., :0, :], k, v, bias[..., :0, :]).shape == (*lead, 0, D)
+    assert triangle_attention(q[:, :0], k[:, :0], v[:, :0], bias).shape == (B, 0, H, Q, D)
+    assert torch.equal(triangle_attention(q, k[..., :0, :], v[..., :0, :], bias[..., :0]), torch.zeros_like(q))
+
+
 def test_a_tensor_beside_an_element_without_valid_keys() -> None:
     q, k, v = (draw(2, 2, 1, 40, D, grad=False, seed=seed) for seed in range(3))
     keep = torch.ones(2, 2, 1, 1, 40, dtype=torch.bool)

@@ -192,6 +192,8 @@ def _factors(bias: Tensor | FactoredBias, q: Tensor, keep: Tensor | None, tol: f
             "bias is a tensor that needs a gradient, and the factors that compression finds are constants: pass a "
             "FactoredBias (of a NeuralBias, for instance), or bias.detach()"
         )
+    if 0 in bias.shape or 0 in q.shape:  # there is no score that a bias could be added to
+        return FactoredBias(bias.new_zeros(1, bias.shape[-2], 1), bias.new_zeros(1, bias.shape[-1], 1))
     needs_grad = needs_grad and torch.is_grad_enabled()
     return compressed(bias, keep, tol, q.shape[:-3], q.shape[-1], needs_grad=needs_grad)
 
@@ -223,7 +225,10 @@ def compressed(
         shared_bias=math.prod(bias.shape[:-3]),
         training="frozen" if needs_grad else "none",
     )
-    factors = compress(bias, tol, table=None, mask=_read_by_any(keep, bias.shape), workload=workload)
+    read = _read_by_any(keep, bias.shape)
+    if read is not None and not bool(read.any()):  # nothing is, so that any bias will do
+        bias, read = torch.zeros_like(bias), None
+    factors = compress(bias, tol, table=None, mask=read, workload=workload)
     assert isinstance(factors, FactoredBias), "a MixedBias comes of allow_dense alone"
     return factors
 
