@@ -10,6 +10,7 @@ from tests.integrations.suite import ModelSuite, gradients, relative, snapshot
 from torch import Tensor, nn
 
 from flashbias.integrations import patch, supports
+from flashbias.integrations.transformers.masks import MASKS_ONLY
 
 __all__ = ["LENGTH", "DecoderSuite", "PatchedModelSuite", "gradients", "relative", "snapshot"]
 
@@ -92,6 +93,19 @@ class PatchedModelSuite(ModelSuite):
         with pytest.raises(NotImplementedError, match=f"attention '.*' .*is not supported: {message}"):
             patch(model)
         assert snapshot(model) == before
+
+    def test_another_attention_implementation_changes_nothing_or_is_refused(self) -> None:
+        given, model = self.inputs(padded=True), self.make()
+        with torch.no_grad():
+            expected = self.result(model, given)
+            patch(model)
+            ours = self.config_of(model)._attn_implementation
+            model.set_attn_implementation("sdpa")
+            if ours == MASKS_ONLY:
+                assert relative(self.result(model, given), expected) < 1e-5
+            else:
+                with pytest.raises(RuntimeError, match=r"was set to 'sdpa', which cannot read its bias; .*unpatch"):
+                    self.result(model, given)
 
     def test_part_of_a_model_is_refused(self) -> None:
         entry = supports(self.make()).entries[0]

@@ -61,7 +61,7 @@ class TransformersFamily(ExactFamily, register=False):
             if id(config) in own:
                 changes.set(module, "config", own[id(config)])
         for stack in stacks:
-            changes.hook(stack.register_forward_pre_hook(_Guard(stack), with_kwargs=True))
+            changes.hook(stack.register_forward_pre_hook(_Guard(stack, self.implementation), with_kwargs=True))
 
     def stacks_of(self, model: nn.Module) -> Iterator[Any]:
         """Walk over the stacks of a model."""
@@ -76,17 +76,28 @@ def _copy_for(config: Any, implementation: str) -> Any:
 
 
 class _Guard:
-    """A hook before a stack's forward: refuses attention probabilities, turns additive masks into booleans once."""
+    """A hook before a stack's forward: refuses attention probabilities, turns additive masks into booleans once.
+
+    It also refuses another attention implementation where ours is called by its name: no other one can read what stands
+    in place of the bias.
+    """
 
     MASKS = ("attention_mask", "encoder_attention_mask")
 
-    def __init__(self, stack: nn.Module) -> None:
+    def __init__(self, stack: nn.Module, implementation: str) -> None:
+        self.implementation = implementation
         parameters = list(inspect.signature(type(stack).forward).parameters)[1:]
         self.place = {name: parameters.index(name) for name in (*self.MASKS, "output_attentions") if name in parameters}
 
     def __call__(
         self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        found = getattr(stack.config, "_attn_implementation_internal", None)
+        if self.implementation not in (MASKS_ONLY, found):
+            raise RuntimeError(
+                f"the attention implementation of a patched {type(stack).__name__} was set to {found!r}, which cannot "
+                "read its bias; call flashbias.unpatch(model), set it, and patch again"
+            )
         place = self.place.get("output_attentions", len(args))
         if kwargs.get("output_attentions") or (place < len(args) and args[place]):
             raise NotImplementedError(
