@@ -69,7 +69,8 @@ def patch(
     Raises:
         TypeError: `model` is not a module, or `train_bias` not a bool.
         ValueError: no attention of the model carries a bias that is known here, or it is patched already, or
-            `tol`, `tables` or `impl` is none of what is allowed, or `tables="factors"` meets weights without values.
+            `tol`, `tables` or `impl` is none of what is allowed, or `tables="factors"` meets weights without values, or
+            tables that are not finite.
         NotImplementedError: the family is known and this configuration of it is not supported; the message names it.
             Or `impl` cannot run on this machine.
 

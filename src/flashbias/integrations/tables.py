@@ -116,6 +116,11 @@ def _check_values(name: str, static: StaticTable) -> None:
                 f"tables='factors' needs the values of {source.path!r} of {name!r}, which is on the meta "
                 "device; load the model's weights first"
             )
+        bad = int((~torch.isfinite(source.values)).sum())
+        if bad:
+            raise ValueError(
+                f"tables='factors' needs finite values, and {source.path!r} of {name!r} has {bad} that are not"
+            )
 
 
 def _compressed(table: FactoredBias, options: Options) -> FactoredBias:

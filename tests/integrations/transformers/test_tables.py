@@ -137,3 +137,8 @@ def test_bad_options(ask: Callable[..., Any]) -> None:
     for train_bias in (False, True):
         with pytest.raises(ValueError, match="which is on the meta device; load the model's weights first"):
             ask(nn.Module.to(swin(), "meta"), tables="factors", train_bias=train_bias)
+    name, table = next((n, p) for n, p in model.named_parameters() if n.endswith("relative_position_bias_table"))
+    table.data[3] = torch.nan
+    attention = name.removesuffix(".relative_position_bias.relative_position_bias_table")
+    with pytest.raises(ValueError, match=rf"needs finite values, and '.*table' of '{attention}' has {table.shape[1]} "):
+        ask(model, tables="factors")
