@@ -126,6 +126,8 @@ def main() -> None:
     parser.add_argument("--strategy", default="ring", help="ring, ulysses or auto")
     parser.add_argument("--no-comparison", action="store_true", help="do not train in one process too")
     arguments = parser.parse_args()
+    if "RANK" not in os.environ:
+        parser.error("there are no ranks: start it with torchrun, as --help says")
 
     has_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if has_gpu else torch.device("cpu")

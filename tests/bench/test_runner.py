@@ -21,12 +21,11 @@ right = registry()["ours/sdpa"].prepare
 
 
 def run(tmp_path, providers, **options):
-    options = {"cases": ["swin-49"], "passes": ["fwd"], "dtypes": ["float32"]} | options
+    options = {"cases": ["swin-49"], "passes": ["fwd"], "dtypes": ["float32"], "device": "cpu"} | options
     return bench.run(
         providers=providers,
         out_dir=tmp_path,
         small=True,
-        device="cpu",
         budget_s=0.001,
         min_repetitions=2,
         **options,
@@ -398,6 +397,8 @@ def test_a_crash_costs_one_row(tmp_path, mine):
         ({"warm": -1}, "warm must be a number of processes, 0 for none, got -1"),
         ({"first": ["nobody"]}, "unknown provider 'nobody'"),
         ({"name": "mine/bench"}, "name must be that of a file, without a folder, got 'mine/bench'"),
+        ({"device": "tpu"}, "device must be 'cpu', 'cuda' or 'cuda:N', got 'tpu'"),
+        ({"device": "cuda:99"}, r"device is 'cuda:99', but torch finds \d+ GPUs"),
         ({"row_limit_s": -1}, "row_limit_s must be positive, got -1"),
     ],
 )

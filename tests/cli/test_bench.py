@@ -92,7 +92,7 @@ def test_a_calibration_measures_fits_and_reports(tmp_path: Path, capsys: pytest.
         (["--calibrate", "--from", __file__], "is missing"),
         (["--calibrate", "--provider", "fast"], "unknown provider 'fast'"),
         (["--calibrate", "--case", "nothing"], "unknown case 'nothing'"),
-        (["--calibrate", "--out", "mine.csv/x.csv.json", "--device", "tpu"], "--device must be"),
+        (["--calibrate", "--out", "mine.csv/x.csv.json", "--device", "tpu"], "device must be"),
         (["--out", __file__], "--out must be a folder"),
         (["--table", str(Path(__file__).parent)], "is a directory"),
         (["paper", "--calibrate"], "--calibrate has cases of its own and does not go with 'paper'"),

@@ -33,6 +33,15 @@ def test_a_training_step_over_two_ranks_has_the_loss_of_one_process() -> None:
     assert_losses_agree({"CUDA_VISIBLE_DEVICES": ""})
 
 
+def test_without_torchrun_it_says_so() -> None:
+    answer = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "context_parallel.py")],
+        capture_output=True, text=True, timeout=120, cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != "RANK"},
+    )  # fmt: skip
+    assert answer.returncode == 2 and "there are no ranks: start it with torchrun" in answer.stderr
+
+
 @pytest.mark.gpu
 def test_two_gpus_have_the_loss_of_one(two_gpus: None) -> None:
     assert_losses_agree({})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, astuple
@@ -99,6 +100,7 @@ def run(
     """
     began = time.monotonic()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
     if device == "cuda":
         device = f"cuda:{torch.cuda.current_device()}"
     settings = Settings(
@@ -148,6 +150,19 @@ def run(
     if skipped := sum(not rows[job.row("").key].is_finished for job in jobs):
         say(f"{skipped} of {len(jobs)} rows did not fit {time_limit_s:g} s; resume goes on with them")
     return files.finish({**facts, "seconds": round(time.monotonic() - began, 1)}, jobs, rows)
+
+
+def check_device(device: str) -> None:
+    """Find out whether torch can measure there.
+
+    Raises:
+        ValueError: it is no such device, or there is no GPU of this number.
+    """
+    if device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", device):
+        raise ValueError(f"device must be 'cpu', 'cuda' or 'cuda:N', got {device!r}")
+    count = torch.cuda.device_count()
+    if device != "cpu" and int(device.partition(":")[2] or 0) >= count:
+        raise ValueError(f"device is {device!r}, but torch finds {count} GPUs")
 
 
 def _say_nothing(line: str) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 
@@ -85,6 +83,7 @@ def bench(
     """
     from flashbias.bench import Row, provider_names
     from flashbias.bench.rows import PASSES
+    from flashbias.bench.runner import check_device
     from flashbias.bench.suites import find_suite
 
     console = Console(soft_wrap=True, highlight=False, markup=False)
@@ -97,7 +96,7 @@ def bench(
         console.print(chosen.render(table))
         return
     if device is not None:
-        _check_device(device)
+        check_device(device)
     if rows and not calibration:
         raise ValueError("--from goes with --calibrate")
     if calibration and (warm or first):
@@ -150,11 +149,3 @@ def bench(
             say=console.print,
         )
     console.print(f"{chosen.render(paths[0])}\nwrote {' '.join(map(str, paths))}")
-
-
-def _check_device(device: str) -> None:
-    if device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", device):
-        raise ValueError(f"--device must be 'cpu', 'cuda' or 'cuda:N', got {device!r}")
-    count = torch.cuda.device_count()
-    if device != "cpu" and int(device.partition(":")[2] or 0) >= count:
-        raise ValueError(f"--device is {device!r}, but torch finds {count} GPUs")
