@@ -176,9 +176,10 @@ class RelPosViT(TimmFamily):
 
     def prepare(self, model: nn.Module, changes: Changes) -> None:
         """Let the module that would form the bias of all blocks hand out its table."""
-        for module in model.modules():
-            if known_class(module, self.models) is not None and module.shared_rel_pos is not None:
-                changes.set(module.shared_rel_pos, "get_bias", partial(offset_table, module.shared_rel_pos))
+        models: list[Any] = [module for module in model.modules() if known_class(module, self.models) is not None]
+        for found in models:
+            if found.shared_rel_pos is not None:
+                changes.set(found.shared_rel_pos, "get_bias", partial(offset_table, found.shared_rel_pos))
 
     def _rel_pos_of(self, model: nn.Module, attention: Any) -> list[Any]:
         """What makes the bias of one block: its own module, and that which it shares with the others of its ViT."""
