@@ -6,6 +6,7 @@ Whatever a subclass does not support must raise NotImplementedError; that is tes
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 from typing import ClassVar
 
@@ -148,6 +149,20 @@ class AttentionSuite:
         )  # 1e4 * (i j - j^2 / 2) is largest at j = i, by 5e3
         out = fb.attention(query, key, value, favoured, impl=self.impl)
         assert torch.equal(out, value)
+
+    def test_padding_of_ranks_is_never_read(self) -> None:
+        """Columns at and beyond a head's rank may hold anything, as memory that nobody has written to does."""
+        case = Case("ranks", n=19, heads=3, batch=(1,), rank=7, ranks=(0, 7, 3), phi_q=(3,), phi_k=(3,))
+        problem = case.build(torch.float32, self.device)
+        padding = torch.arange(7, device=self.device) >= torch.tensor(case.ranks, device=self.device)[:, None, None]
+        leaves = problem.leaves()
+        found = differentiate(problem, leaves, problem.attend(self.impl, leaves), None, False)
+        for name in ("phi_q", "phi_k"):
+            problem.tensors[name] = problem.tensors[name].masked_fill(padding, math.nan)
+        leaves = problem.leaves()
+        poisoned = differentiate(problem, leaves, problem.attend(self.impl, leaves), None, False)
+        for name in found.names():
+            torch.testing.assert_close(poisoned[name], found[name], atol=0.0, rtol=0.0, msg=name)
 
     # ---------------------------------------------------------------- gradients
 

@@ -183,6 +183,20 @@ def test_reference(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
 BY_NAME = {case.name: case for case in CASES}
 
 
+@pytest.mark.parametrize(("phi_q", "phi_k"), [(HEADS, HEADS), (1, HEADS), (HEADS, 1)])
+def test_padding_of_ranks_is_never_read(phi_q: int, phi_k: int) -> None:
+    """Columns at and beyond a head's rank may hold anything; shared ones, what lies beyond the rank of every head."""
+    ranks = (2, 0)
+    problem = Problem(Case("padding", ranks=ranks, phi_q=(phi_q,), phi_k=(phi_k,)), torch.float64)
+    found = problem.blockwise("reference")
+    for name in ("phi_q", "phi_k"):
+        phi = problem.leaves[name]
+        own = torch.tensor(ranks if phi.shape[0] == HEADS else (max(ranks),))
+        problem.leaves[name] = phi.masked_fill(torch.arange(3) >= own[:, None, None], math.nan)
+    for name, x in problem.blockwise("reference").items():
+        torch.testing.assert_close(x, found[name], atol=0.0, rtol=0.0, msg=name)
+
+
 @pytest.mark.interpreter
 @pytest.mark.parametrize("name", ["table", "ranks per head", "far from zero"])
 def test_kernels_in_float32(name: str, nan_filled_buffers: None) -> None:

@@ -134,11 +134,9 @@ def _operands(call: Call, queries: slice, keys: slice, dtype: torch.dtype) -> tu
 
 
 def _packed(call: Call, queries: slice, keys: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    bias = call.bias
-    assert bias is not None
+    assert call.bias is not None
+    bias = call.bias.without_ranks()  # both factors: products with padding may be anything
     phi_q = bias.phi_q[..., queries, :]
-    if bias.ranks is not None:
-        phi_q = phi_q * bias.rank_mask().to(phi_q.dtype)[:, None, :]
     phi_k = bias.phi_k[..., keys, :]
     opposite = torch.arange(queries.start, queries.stop, device=bias.device) + call.seqlen_k - call.seqlen_q
     opposite = opposite.clamp(0, call.seqlen_k - 1)

@@ -8,7 +8,7 @@ from flashbias.attention import packing
 from flashbias.attention.call import Call
 from flashbias.factored import FactoredBias
 
-__all__ = ["has_reference", "own_columns", "reference_of", "row_constant"]
+__all__ = ["has_reference", "own_columns", "own_rows", "reference_of", "row_constant"]
 
 
 def has_reference(call: Call) -> bool:
@@ -28,7 +28,7 @@ def reference_of(call: Call, impl: str) -> Tensor | None:
         starts, length = packing.reference_starts(call.seqlen_q, call.seqlen_k, bias.device, tiled=tiled)
     else:
         return None
-    return packing.centre_of(bias.phi_k, starts, length)
+    return packing.centre_of(own_rows(bias), starts, length)
 
 
 def row_constant(call: Call, impl: str) -> Tensor | float:
@@ -39,4 +39,13 @@ def row_constant(call: Call, impl: str) -> Tensor | float:
 
 def own_columns(bias: FactoredBias) -> Tensor:
     """phi_q with zeros in the columns that a head does not have."""
-    return bias.phi_q if bias.ranks is None else bias.phi_q * bias.rank_mask()[:, None, :]
+    return bias.phi_q if bias.ranks is None else bias.phi_q.masked_fill(~bias.rank_mask()[:, None, :], 0.0)
+
+
+def own_rows(bias: FactoredBias) -> Tensor:
+    """phi_k likewise; where heads share it, with zeros in the columns that none of them has."""
+    if bias.ranks is None:
+        return bias.phi_k
+    own = bias.rank_mask()
+    own = own if bias.phi_k.shape[-3] > 1 else own.any(dim=0, keepdim=True)
+    return bias.phi_k.masked_fill(~own[:, None, :], 0.0)

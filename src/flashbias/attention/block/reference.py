@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from flashbias.attention.block.centring import own_columns, reference_of, row_constant
+from flashbias.attention.block.centring import own_columns, own_rows, reference_of, row_constant
 from flashbias.attention.block.gradients import BlockGradients
 from flashbias.attention.call import Call, inputs_of, lse_dtype, visible
 
@@ -156,7 +156,7 @@ class _Dense:
         self.centre = reference_of(replace(call, varlen=None), "reference")
         if call.bias is not None and self.centre is not None:
             self.phi_q = own_columns(call.bias).to(self.dtype)
-            self.phi_k = (call.bias.phi_k.to(self.centre.dtype) - self.centre[..., :1, :]).to(self.dtype)
+            self.phi_k = (own_rows(call.bias).to(self.centre.dtype) - self.centre[..., :1, :]).to(self.dtype)
         if call.bias is not None and call.bias.table is not None:
             self.table = call.bias.table.to(self.dtype)
             self.codes = call.bias.codes()
