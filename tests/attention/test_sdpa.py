@@ -160,3 +160,17 @@ def test_a_bias_that_needs_a_gradient_costs_no_mask() -> None:
         out = fb.attention(*leaves, fb.FactoredBias(phi_q, phi_k), impl="sdpa")
         torch.autograd.grad(out.sum(), (phi_q, phi_k))  # type: ignore[union-attr]
     assert 0 < largest < n * n // 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_gradient_of_a_half_precision_table_is_summed_in_float32(dtype: torch.dtype) -> None:
+    """Thousands of pairs read one entry: a sum in the table's own precision would soon stand still."""
+    problem = Case("table", n=130, heads=1, batch=(4,), rank=0, table=3).build(torch.float32)
+    exact = problem.leaves()
+    half = exact | {"table": exact["table"].detach().to(dtype).requires_grad_()}
+    exact["table"] = half["table"].detach().float().requires_grad_()
+    found, right = (
+        differentiate(problem, leaves, problem.attend("sdpa", leaves), None, False)["dtable"] for leaves in (half, exact)
+    )
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, right.to(dtype), atol=0.0, rtol=torch.finfo(dtype).eps)

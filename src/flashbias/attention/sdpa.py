@@ -168,9 +168,11 @@ def _additive_mask(call: Call, queries: slice, keys: slice, keep: Tensor | None,
     if bias is None or bias.table is None:
         return None if keep is None else _flat_mask(call, keep)
     code_q, code_k = bias.codes()
+    # A lookup's gradient is a sum over all pairs, which half precision cannot hold.
+    wide = torch.promote_types(dtype, torch.float32)
+    mask = relative_lookup(bias.table.to(wide), code_q[queries], code_k[keys])
     # float32 rows beside half-precision queries are allowed on CPUs alone.
-    dtype = torch.promote_types(dtype, torch.float32) if call.query.device.type == "cpu" else dtype
-    mask = relative_lookup(bias.table, code_q[queries], code_k[keys]).to(dtype)
+    mask = mask if call.query.device.type == "cpu" else mask.to(dtype)
     if keep is not None:
         mask = mask.masked_fill(~keep, -math.inf)
     return _flat_mask(call, mask)
