@@ -150,6 +150,27 @@ class AttentionSuite:
         out = fb.attention(query, key, value, favoured, impl=self.impl)
         assert torch.equal(out, value)
 
+    @pytest.mark.parametrize("masking", [-1e4, -1e9])
+    def test_a_column_may_mask_most_keys(self, masking: float, dtype_of_choice: torch.dtype) -> None:
+        """Keys of padding, pushed far down by a column of the factors, change nothing for the others.
+
+        Queries stand opposite to padding here, and so do most keys from which a centre could be taken.
+        """
+        n, m, seen = 20, 150, 30
+        problem = Case("column", batch=(1,), n=n, m=m, rank=2, size=2.0).build(dtype_of_choice, self.device)
+        column = torch.zeros(1, m, 1, device=self.device)
+        column[:, seen:] = masking
+        leaves = problem.leaves()
+        phi_q = torch.cat([leaves["phi_q"], torch.ones_like(leaves["phi_q"][..., :1])], dim=-1)
+        phi_k = torch.cat([leaves["phi_k"], column.expand(*leaves["phi_k"].shape[:-1], 1)], dim=-1)
+        out = problem.attend(self.impl, leaves | {"phi_q": phi_q, "phi_k": phi_k})
+        exact = {name: x.detach().double() for name, x in leaves.items()}
+        exact |= {name: exact[name][..., :seen, :] for name in ("key", "value", "phi_k")}
+        problem.case = replace(problem.case, m=seen)
+        wanted, _ = explicit(problem, exact, torch.float64)
+        bound = {torch.float32: 2e-3 if masking == -1e4 else 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+        torch.testing.assert_close(out.double(), wanted, atol=bound[dtype_of_choice], rtol=0.0)
+
     def test_padding_of_ranks_is_never_read(self) -> None:
         """Columns at and beyond a head's rank may hold anything, as memory that nobody has written to does."""
         case = Case("ranks", n=19, heads=3, batch=(1,), rank=7, ranks=(0, 7, 3), phi_q=(3,), phi_k=(3,))

@@ -184,6 +184,14 @@ def test_row_constant_skips_padding_columns() -> None:
     assert packing.row_constant(bias, tiled=False)[:, 0].tolist() == [1.0, 4.0]
 
 
+@pytest.mark.parametrize("masked", [5, 6, 8])
+def test_a_centre_is_no_mask(masked: int) -> None:
+    """Entries beyond what positions reach are not taken off, however many keys have them."""
+    phi_k = torch.stack([torch.where(torch.arange(8) >= 8 - masked, -1e9, 0.5), 2.0**20 + torch.arange(8.0)], dim=-1)
+    centre = packing.centre_of(phi_k, torch.zeros(1, dtype=torch.int64), 8)
+    assert centre.tolist() == [[0.0, 2.0**20 + 4.0]]
+
+
 # -------------------------------------------------------------------- never worse than a dense bias
 
 

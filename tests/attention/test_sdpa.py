@@ -170,7 +170,8 @@ def test_the_gradient_of_a_half_precision_table_is_summed_in_float32(dtype: torc
     half = exact | {"table": exact["table"].detach().to(dtype).requires_grad_()}
     exact["table"] = half["table"].detach().float().requires_grad_()
     found, right = (
-        differentiate(problem, leaves, problem.attend("sdpa", leaves), None, False)["dtable"] for leaves in (half, exact)
+        differentiate(problem, leaves, problem.attend("sdpa", leaves), None, False)["dtable"]
+        for leaves in (half, exact)
     )
     assert found.dtype == dtype
     torch.testing.assert_close(found, right.to(dtype), atol=0.0, rtol=torch.finfo(dtype).eps)

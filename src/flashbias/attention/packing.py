@@ -5,7 +5,8 @@ sum is the bias up to a constant in each row, which softmax cancels:
 
 - **Centring.** `phi_k - c` in place of `phi_k`. It changes row i by the constant `phi_q[i] @ c`, so no probability
   changes, and it removes most of the cancellation between large products. c is the median of three keys, entry by
-  entry, so that no single outlying key spoils the others. Packed batches are not centred, so that no sequence sees
+  entry, so that no single outlying key spoils the others; entries beyond `FURTHEST_CENTRE` are left out, so that
+  neither do many, masked by a column of -1e9. Packed batches are not centred, so that no sequence sees
   another. Beyond `TILE_CENTRE_FROM` keys, and beside float32 queries, float32 sums of such products would still be
   too coarse (an ALiBi column reaches 2^20): then c is taken per tile of `CENTRE_TILE` keys, and kernels add
   `phi_q[i] @ (c - c_ref(i))`, with c_ref that of the keys opposite to the query, so that what is near the diagonal
@@ -50,6 +51,7 @@ __all__ = [
     "row_constant",
     "row_sums",
     "split",
+    "within_reach",
 ]
 
 CENTRE_TILE = 128
@@ -68,6 +70,9 @@ SIX_UP_TO_RANK = 5
 
 WIDEST_CHUNK = 128
 """Packed columns that a portable kernel holds at once; wider factors go chunk by chunk."""
+
+FURTHEST_CENTRE = 2.0**24
+"""From further out float32 tells only whole numbers apart: what lies there is a mask (-1e9)."""
 
 FLOATS_OF_A_LOAD = 4
 """A thread loads 16 bytes at once."""
@@ -221,7 +226,7 @@ def centre_offsets(length: int) -> tuple[int, int, int]:
 
 
 def centre_of(phi_k: Tensor, starts: Tensor, length: int) -> Tensor:
-    """Centre of the `length` keys from each start: the median of three rows, entry by entry.
+    """Centre of the `length` keys from each start: the median of three rows, entry by entry, `within_reach`.
 
     Args:
         phi_k: `[..., M, R]`.
@@ -233,7 +238,12 @@ def centre_of(phi_k: Tensor, starts: Tensor, length: int) -> Tensor:
     """
     wide = phi_k.detach().to(torch.promote_types(phi_k.dtype, torch.float32))
     a, b, c = (wide[..., (starts + n).clamp(0, phi_k.shape[-2] - 1), :] for n in centre_offsets(length))
-    return torch.maximum(torch.minimum(a, b), torch.minimum(torch.maximum(a, b), c))
+    return within_reach(torch.maximum(torch.minimum(a, b), torch.minimum(torch.maximum(a, b), c)))
+
+
+def within_reach(centre: Tensor) -> Tensor:
+    """A centre with 0 in place of entries beyond `FURTHEST_CENTRE`: most keys may be masked by a column of -1e9."""
+    return torch.where(centre.abs() <= FURTHEST_CENTRE, centre, 0.0)
 
 
 def reference_starts(seqlen_q: int, seqlen_k: int, device: torch.device, *, tiled: bool) -> tuple[Tensor, int]:

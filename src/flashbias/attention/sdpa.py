@@ -17,7 +17,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from flashbias.attention import packing
-from flashbias.attention.call import Call
+from flashbias.attention.call import Call, visible
 from flashbias.factored import relative_lookup
 
 __all__ = ["run", "unsupported"]
@@ -27,6 +27,9 @@ BLOCK_ENTRIES = 1 << 22
 
 BLOCK_QUERIES = 16_384
 """Queries that share one centre of phi_k when there are too many keys for a single one."""
+
+SAMPLED_KEYS = 16
+"""Keys, evenly spread from the first to the last, among which a row looks for a large bias to start its sums at."""
 
 
 def unsupported(call: Call) -> str | None:
@@ -138,17 +141,44 @@ def _packed(call: Call, queries: slice, keys: slice, dtype: torch.dtype) -> tupl
     bias = call.bias.without_ranks()  # both factors: products with padding may be anything
     phi_q = bias.phi_q[..., queries, :]
     phi_k = bias.phi_k[..., keys, :]
-    opposite = torch.arange(queries.start, queries.stop, device=bias.device) + call.seqlen_k - call.seqlen_q
-    opposite = opposite.clamp(0, call.seqlen_k - 1)
+    opposite = _opposite(call, queries)
     if _is_split(dtype):
         nearby = (bias.phi_k[..., opposite, :] if _needs_many_centres(call) else bias.phi_k).detach()
-        return packing.pack(phi_q, phi_k, call.scale, dtype, nearby.float().median(dim=-2, keepdim=True).values)
-    # Unsplit products are summed in order, one rounding each. A first column starts the sum at minus the bias of the
-    # key opposite to the query, a constant of the row: what is near the diagonal is then summed near zero.
+        centre = packing.within_reach(nearby.float().median(dim=-2, keepdim=True).values)
+        return packing.pack(phi_q, phi_k, call.scale, dtype, centre)
+    # Unsplit products are summed in order, one rounding each. A first column starts the sum at minus a large bias of
+    # the row, a constant of it: what weighs most is then summed near zero.
     packed_q, packed_k = packing.pack(phi_q, phi_k, call.scale, dtype, torch.zeros_like(phi_k[..., :1, :]))
-    start = (-packing.row_sums(phi_q, bias.phi_k[..., opposite, :]) / call.scale).to(dtype)[..., None]
+    start = (-_large_bias(call, phi_q, bias.phi_k, queries, opposite) / call.scale).to(dtype)[..., None]
     packed_q = packed_q.expand(*start.shape[:-1], -1)
     return torch.cat([start, packed_q], dim=-1), torch.cat([torch.ones_like(packed_k[..., :1]), packed_k], dim=-1)
+
+
+def _opposite(call: Call, queries: slice) -> Tensor:
+    """The key that stands opposite to each query, ends aligned."""
+    i = torch.arange(queries.start, queries.stop, device=call.query.device)
+    return (i + call.seqlen_k - call.seqlen_q).clamp(0, call.seqlen_k - 1)
+
+
+def _large_bias(call: Call, phi_q: Tensor, phi_k: Tensor, queries: slice, opposite: Tensor) -> Tensor:
+    """The largest bias that each row has among its opposite and a few other keys; 0 where it sees none of them.
+
+    One key alone may be padding: hidden, or pushed down by a column of -1e9, from where nothing else can be told apart.
+    """
+    device, count = call.query.device, min(SAMPLED_KEYS, call.seqlen_k)
+    sampled = torch.arange(count, device=device) * (call.seqlen_k - 1) // max(1, count - 1)
+    products = phi_q.detach().double() @ phi_k[..., sampled, :].detach().double().mT
+    own = packing.row_sums(phi_q, phi_k[..., opposite, :])[..., None]
+    biases = torch.cat([own, products], dim=-1)
+    keys = torch.cat([opposite[:, None], sampled.expand(len(opposite), -1)], dim=-1)
+    if call.is_banded:
+        i = torch.arange(queries.start, queries.stop, device=device)[:, None]
+        biases = biases.masked_fill(~visible(keys - i - call.shift, call.window_left, call.window_right), -math.inf)
+    if call.attn_mask is not None:
+        mask = call.attn_mask.expand(*call.attn_mask.shape[:-2], call.seqlen_q, -1)[..., queries, :]
+        biases = biases.masked_fill(~mask.gather(-1, keys.expand(*mask.shape[:-1], -1)), -math.inf)
+    largest = biases.amax(-1)
+    return torch.where(largest == -math.inf, 0.0, largest)
 
 
 def _kept_pairs(call: Call, queries: slice, keys: slice) -> Tensor | None:

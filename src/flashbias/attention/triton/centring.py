@@ -6,6 +6,10 @@
 import triton
 import triton.language as tl
 
+from flashbias.attention import packing
+
+FURTHEST_CENTRE = tl.constexpr(packing.FURTHEST_CENTRE)
+
 
 @triton.jit
 def centre_step(
@@ -35,7 +39,8 @@ def centre_of(row_ptr, start, length, cols, seqlen_k, stride_k, rank):
     a = load_row(row_ptr, start + length // 4, cols, seqlen_k, stride_k, rank)
     b = load_row(row_ptr, start + length // 2, cols, seqlen_k, stride_k, rank)
     c = load_row(row_ptr, start + length - 1 - length // 4, cols, seqlen_k, stride_k, rank)
-    return tl.maximum(tl.minimum(a, b), tl.minimum(tl.maximum(a, b), c))
+    median = tl.maximum(tl.minimum(a, b), tl.minimum(tl.maximum(a, b), c))
+    return tl.where(tl.abs(median) <= FURTHEST_CENTRE, median, 0.0)
 
 
 @triton.jit
