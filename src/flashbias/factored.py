@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["FactoredBias", "broadcast_shapes", "relative_lookup"]
+__all__ = ["FactoredBias", "broadcast_shapes", "relative_lookup", "without_autocast"]
 
 
 def broadcast_shapes(*shapes: torch.Size) -> torch.Size:
@@ -207,7 +207,7 @@ class FactoredBias:
         """
         dtype = dtype or torch.promote_types(self.phi_q.dtype, self.phi_k.dtype)
         clean = self.without_ranks()
-        with _without_autocast(self.device):
+        with without_autocast(self.device):
             out = clean.phi_q.to(dtype) @ clean.phi_k.to(dtype).mT
         if self.table is not None:
             out = out + relative_lookup(self.table.to(dtype), *self.codes())
@@ -341,7 +341,7 @@ class FactoredBias:
 # -------------------------------------------------------------------- checks
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Products in the dtype of their operands, also inside of `torch.autocast`."""
     if not torch.amp.is_autocast_available(device.type):  # pyright: ignore[reportAttributeAccessIssue]
         return nullcontext()

@@ -96,6 +96,20 @@ def test_another_length_does_not_recompile_for_ever() -> None:
     assert counter.frame_count <= 2
 
 
+@pytest.mark.parametrize("keys", ["as many", "more"])
+def test_causal_attention_compiles_for_sizes_that_are_symbols(keys: str) -> None:
+    """All sizes, heads among them, beside a bias whose heads are a number."""
+
+    def model(q: Tensor, k: Tensor) -> Tensor:
+        bias = fb.Alibi(4)(q.shape[-2], k.shape[-2])
+        return fb.attention(q, k, k, bias, is_causal=True, causal_alignment="bottom_right")  # type: ignore[return-value]
+
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
+    for n in (12, 20):
+        q, k = torch.randn(2, 4, n, 8), torch.randn(2, 4, n if keys == "as many" else n + 3, 8)
+        torch.testing.assert_close(compiled(q, k), model(q, k))
+
+
 # -------------------------------------------------------------------- export, autocast, checkpointing
 
 
@@ -107,6 +121,30 @@ def test_forward_exports() -> None:
     arguments = tuple(inputs())
     program = torch.export.export(Layer(), arguments)
     torch.testing.assert_close(program.module()(*arguments), Layer()(*arguments))
+
+
+def test_exports_for_any_length() -> None:
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.alibi = fb.Alibi(4)
+
+        def forward(self, q: Tensor) -> Tensor:
+            return fb.attention(q, q, q, self.alibi(q.shape[-2], q.shape[-2]), is_causal=True)  # type: ignore[return-value]
+
+    length = torch.export.Dim("length", min=2, max=512)
+    program = torch.export.export(Layer(), (torch.randn(1, 4, 12, 8),), dynamic_shapes=({2: length},))
+    q = torch.randn(1, 4, 40, 8)
+    torch.testing.assert_close(program.module()(q), Layer()(q))
+
+
+def test_sizes_are_known_without_values() -> None:
+    """On torch's meta device, as models are laid out before they have weights."""
+    q = torch.randn(2, 4, 12, 8, device="meta")
+    bias = fb.Alibi(4)(12, 12).to("meta")
+    for impl in ("auto", "sdpa", "reference"):
+        out = fb.attention(q, q, q[..., :5], bias, is_causal=True, impl=impl)
+        assert isinstance(out, Tensor) and out.shape == (2, 4, 12, 5) and out.device.type == "meta"
 
 
 def test_a_bias_exports_as_an_argument() -> None:
@@ -200,3 +238,18 @@ def test_gradcheck_of_the_reference(name: str) -> None:
 def test_gradgradcheck_of_the_reference(name: str) -> None:
     function, leaves = small(**OPTIONS[name])
     assert torch.autograd.gradgradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": (3, 3)}, {"is_causal": True}], ids=["full", "window", "causal"])
+def test_gradients_of_torch_func(options: dict[str, Any]) -> None:
+    """Blocks of queries are kept there and not recomputed: torch.func has no hooks for saved tensors."""
+    q, k, v, phi_q, phi_k = inputs()
+    table = torch.randn(4, 7)
+
+    def loss(table: Tensor) -> Tensor:
+        bias = fb.FactoredBias(phi_q, phi_k, table)
+        return fb.attention(q, k, v, bias, impl="sdpa", **options).sin().sum()  # type: ignore[union-attr]
+
+    leaf = table.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(loss(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(table), wanted, atol=1e-5, rtol=1e-5)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flashbias.attention.call import Call, lse_dtype
+from flashbias.factored import without_autocast
 
 __all__ = ["run", "unsupported"]
 
@@ -30,7 +31,7 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
     if call.varlen is not None:
         return call.per_sequence(run)
     # The formula in the inputs' own precision, also where autocast would lower it.
-    with torch.autocast(call.query.device.type, enabled=False):
+    with without_autocast(call.query.device):
         return _dense(call)
 
 

@@ -56,19 +56,28 @@ def run(call: Call) -> tuple[Tensor, None]:
     outs = []
     for start in range(0, call.seqlen_q, length):
         block = partial(_block, call, slice(start, min(start + length, call.seqlen_q)))
-        outs.append(checkpoint(block, use_reentrant=False) if call.needs_grad() else block())
+        outs.append(checkpoint(block, use_reentrant=False) if _recomputes(call) else block())
     return torch.cat(outs, dim=-2), None
+
+
+def _recomputes(call: Call) -> bool:
+    """Whether blocks keep nothing for a backward pass. Under `torch.func` they must: it cannot recompute."""
+    is_transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return call.needs_grad() and not is_transformed
 
 
 def _fits_one_call(call: Call) -> bool:
     if call.has_table or call.dropout_p > 0 or _needs_many_centres(call):
         return False
-    return not call.is_banded or _is_plain_causal(call)
+    return not call.is_banded or _is_plain_causal(call, slice(0, call.seqlen_q))
 
 
-def _is_plain_causal(call: Call) -> bool:
-    """Whether SDPA's own `is_causal` says it all."""
-    return call.is_causal and call.seqlen_q == call.seqlen_k and call.attn_mask is None and not call.has_table
+def _is_plain_causal(call: Call, queries: slice) -> bool:
+    """Whether SDPA's own `is_causal` says it all; the queries must be all of them."""
+    # A branch: to torch.compile a comparison of sizes is a symbol, which SDPA would not take.
+    if call.seqlen_q != call.seqlen_k or queries.stop - queries.start != call.seqlen_q:
+        return False
+    return call.is_causal and call.attn_mask is None and not call.has_table
 
 
 def _needs_many_centres(call: Call) -> bool:
@@ -91,7 +100,7 @@ def _block_length(call: Call) -> int:
 def _block(call: Call, queries: slice) -> Tensor:
     """Attention of a block of queries, over the keys that it can see."""
     keys = _visible_keys(call, queries)
-    plain_causal = _is_plain_causal(call) and queries == slice(0, call.seqlen_q)
+    plain_causal = _is_plain_causal(call, queries)
     dtype = torch.float32 if call.query.dtype == torch.float16 else call.query.dtype
     q, k, v = _operands(call, queries, keys, dtype)
     keep = None if plain_causal else _kept_pairs(call, queries, keys)
@@ -165,12 +174,12 @@ def _large_bias(call: Call, phi_q: Tensor, phi_k: Tensor, queries: slice, opposi
 
     One key alone may be padding: hidden, or pushed down by a column of -1e9, from where nothing else can be told apart.
     """
-    device, count = call.query.device, min(SAMPLED_KEYS, call.seqlen_k)
-    sampled = torch.arange(count, device=device) * (call.seqlen_k - 1) // max(1, count - 1)
+    device = call.query.device
+    sampled = torch.arange(SAMPLED_KEYS, device=device) * (call.seqlen_k - 1) // (SAMPLED_KEYS - 1)
     products = phi_q.detach().double() @ phi_k[..., sampled, :].detach().double().mT
     own = packing.row_sums(phi_q, phi_k[..., opposite, :])[..., None]
     biases = torch.cat([own, products], dim=-1)
-    keys = torch.cat([opposite[:, None], sampled.expand(len(opposite), -1)], dim=-1)
+    keys = torch.cat([opposite[:, None], sampled.expand(opposite.shape[0], -1)], dim=-1)
     if call.is_banded:
         i = torch.arange(queries.start, queries.stop, device=device)[:, None]
         biases = biases.masked_fill(~visible(keys - i - call.shift, call.window_left, call.window_right), -math.inf)

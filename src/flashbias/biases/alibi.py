@@ -199,7 +199,7 @@ class Alibi(Bias):
     def _low_rank(self, position_q: Tensor, position_k: Tensor, dtype: torch.dtype) -> FactoredBias:
         slope = self.slopes.to(position_q.device, dtype)[:, None]
         i, j = position_q.to(dtype), position_k.to(dtype)
-        phi_q = torch.stack([-slope * i, slope.expand(-1, len(i))], dim=-1)
+        phi_q = torch.stack([-slope * i, slope.expand(-1, i.shape[0])], dim=-1)
         phi_k = torch.stack([torch.ones_like(j), j], dim=-1)
         return FactoredBias(phi_q, phi_k[None])
 
