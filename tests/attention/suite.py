@@ -336,6 +336,19 @@ class AttentionSuite:
         out, lse = result if with_lse else (result, None)
         packed.assert_close_to_oracle(leaves, out, lse)
 
+    def test_varlen_with_codes_of_one_side(self) -> None:
+        """Those of the other are positions in the pack, as `FactoredBias` says, and not what a band would read."""
+        bounds, table = torch.tensor([0, 5, 12], dtype=torch.int32, device=self.device), torch.randn(2, 21)
+        x, table = torch.randn(12, 2, 16, device=self.device), table.to(self.device)
+        code = torch.arange(12, 0, -1, device=self.device)
+        for given in ({"code_q": code}, {"code_k": code}):
+            bias = fb.FactoredBias.from_table(table, 12, 12, **given)
+            out = fb.varlen_attention(x, x, x, bounds, bounds, bias, impl=self.impl)
+            for start, stop in ((0, 5), (5, 12)):
+                own = x[start:stop].transpose(0, 1)
+                wanted = fb.attention(own, own, own, bias[start:stop, start:stop], impl="reference")
+                torch.testing.assert_close(out[start:stop].transpose(0, 1), wanted, atol=1e-5, rtol=1e-5)
+
     @pytest.mark.parametrize("poison", [1e4, 3e30], ids=["large", "enormous"])
     def test_varlen_does_not_leak(self, poison: float) -> None:
         """What stands in the other sequences changes no bit of a sequence's output and gradients."""

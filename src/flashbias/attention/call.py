@@ -15,6 +15,7 @@ from flashbias.factored import FactoredBias
 __all__ = ["INPUTS", "Call", "VarlenLayout", "empty_output", "inputs_of", "visible"]
 
 HALF = (torch.float16, torch.bfloat16)
+DTYPES = (*HALF, torch.float32, torch.float64)
 
 INPUTS = ("query", "key", "value", "phi_q", "phi_k", "table")
 """What gradients flow to, in the order of the operators."""
@@ -136,12 +137,13 @@ class Call:
     def _sequence(self, queries: slice, keys: slice) -> Call:
         bias = self.bias
         if bias is not None:
-            has_codes = bias.table is not None and bias.code_q is not None
+            has_codes = bias.code_q is not None or bias.code_k is not None
             bias = replace(
                 bias,
                 phi_q=bias.phi_q[..., queries, :],
                 phi_k=bias.phi_k[..., keys, :],
-                # Default codes are positions within the sequence, so they start again at 0.
+                # Default codes are positions within the sequence, so they start again at 0. Where one side has codes,
+                # the other's are positions in the pack, as `FactoredBias.codes` says.
                 code_q=bias.codes()[0][queries] if has_codes else None,
                 code_k=bias.codes()[1][keys] if has_codes else None,
             )
