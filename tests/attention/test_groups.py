@@ -261,3 +261,22 @@ class TestBadInput:
         q, k, v = (x[0].transpose(0, 1) for x in self.qkv)
         with pytest.raises(TypeError, match="bias is a MixedBias"):
             fb.varlen_attention(q, k[:N], v[:N], cu, cu, self.bias)
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["factored", "mixed"])
+def test_bias_and_mask_fit_the_batch_that_keys_bring(mixed: bool) -> None:
+    """One query set against several key sets: the batch is the broadcast one, for the bias and the mask too."""
+    q, k, v = torch.randn(1, 2, 5, 8), torch.randn(3, 2, 7, 8), torch.randn(3, 2, 7, 8)
+    bias = fb.FactoredBias(torch.randn(3, 2, 5, 2), torch.randn(3, 2, 7, 2))
+    mask = torch.rand(3, 1, 5, 7) > 0.3
+    given = fb.MixedBias((bias,), heads=((0, 1),)) if mixed else bias
+    out = fb.attention(q, k, v, given, attn_mask=mask)
+    torch.testing.assert_close(out, fb.attention(q.expand(3, -1, -1, -1), k, v, bias, attn_mask=mask))
+
+
+def test_autocast_takes_mixed_dtypes_as_factored_heads_do() -> None:
+    q, k, v = draw(2, HEADS, N, 8, dtype=torch.float32), *(draw(2, HEADS, M, 8, dtype=torch.bfloat16) for _ in range(2))
+    dense = fb.MixedBias((draw(HEADS, N, M, dtype=torch.float32),), heads=(tuple(range(HEADS)),))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = fb.attention(q, k, v, dense)
+    assert isinstance(out, Tensor) and torch.equal(out, fb.attention(q.bfloat16(), k, v, dense))

@@ -98,10 +98,15 @@ def test_lse_is_that_of_the_products() -> None:
         (
             fb.FactoredBias(torch.ones(3, 5, 2), torch.ones(3, 5, 2)),
             ValueError,
+            "phi_q has 3 heads, query has 2",
+        ),
+        (
+            fb.FactoredBias(torch.ones(1, 5, 2), torch.ones(3, 5, 2)),
+            ValueError,
             "phi_k has 3 heads, key has 2",
         ),
     ],
-    ids=["tensor", "table", "ranks", "length", "heads"],
+    ids=["tensor", "table", "ranks", "length", "heads", "heads of keys"],
 )
 def test_bad_input(bias: object, error: type[Exception], message: str) -> None:
     q = torch.randn(1, 2, 5, 4)

@@ -7,12 +7,14 @@ from torch import Tensor
 from flashbias.attention import dense, redirect
 from flashbias.attention.call import Call, empty_output
 from flashbias.attention.checks import (
+    autocast,
     check_bias,
     check_kind,
     check_mask,
     check_tensors,
     checked,
     checked_layout,
+    of_one_batch,
     shape_of,
 )
 from flashbias.attention.choice import IMPLEMENTATIONS, chosen
@@ -61,7 +63,7 @@ def attention(
             Must be given for a causal mask or a window when N != M; makes no difference otherwise.
         window: `(left, right)`: let query i attend to keys `i + shift - left … i + shift + right` only; None in
             a place leaves that side open. Combines with `is_causal`.
-        scale: factor of the dot products; default `1 / sqrt(head_dim)`.
+        scale: factor of the dot products, positive; default `1 / sqrt(head_dim)`.
         enable_gqa: allow fewer key and value heads than query heads (H divisible by H_kv).
         dropout_p: probability of dropping an attention weight.
         impl: "auto", "hopper", "triton", "sdpa" or "reference". A named one is used or raises; it never falls back.
@@ -126,7 +128,9 @@ def attention(
     if isinstance(bias, Tensor):
         check_kind(bias)
     if isinstance(bias, MixedBias):
+        query, key, value = autocast(query, key, value)
         check_tensors(query, key, value, enable_gqa)
+        query, key, value = of_one_batch(query, key, value)
         check_bias(bias, query, key)
         if attn_mask is not None:
             attn_mask = check_mask(attn_mask, query, key)
@@ -166,7 +170,7 @@ def varlen_attention(
         cu_seqlens_q: int32 `[B + 1]`, ascending, from 0 to T_q.
         cu_seqlens_k: int32 `[B + 1]`, ascending, from 0 to T_k.
         bias: factors `[H or 1, T_q, R]` and `[H or 1, T_k, R]`, packed like the tokens. A table without codes is
-            read by positions within each sequence.
+            read by positions within each sequence; with codes for one side, the other's are positions in the pack.
         max_seqlen_q: longest query sequence; read from `cu_seqlens_q` (synchronising a GPU) if not given.
         max_seqlen_k: longest key sequence; likewise.
         is_causal: as in `attention`, sequence by sequence.

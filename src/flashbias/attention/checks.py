@@ -7,11 +7,21 @@ import math
 import torch
 from torch import Tensor
 
-from flashbias.attention.call import HALF, Call, VarlenLayout
+from flashbias.attention.call import DTYPES, HALF, Call, VarlenLayout
 from flashbias.factored import FactoredBias, broadcast_shapes
 from flashbias.mixed import MixedBias
 
-__all__ = ["check_bias", "check_kind", "check_mask", "check_tensors", "checked", "checked_layout", "shape_of"]
+__all__ = [
+    "autocast",
+    "check_bias",
+    "check_kind",
+    "check_mask",
+    "check_tensors",
+    "checked",
+    "checked_layout",
+    "of_one_batch",
+    "shape_of",
+]
 
 
 def checked(
@@ -32,8 +42,9 @@ def checked(
     varlen: VarlenLayout | None = None,
 ) -> Call:
     """Check the arguments of `attention`, as they are named there, and make a call of them."""
-    query, key, value = _autocast(query, key, value)
+    query, key, value = autocast(query, key, value)
     check_tensors(query, key, value, enable_gqa)
+    query, key, value = of_one_batch(query, key, value)
     if bias is not None:
         check_kind(bias)
         check_bias(bias, query, key)
@@ -51,17 +62,19 @@ def checked(
         )
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[-1])
-    if not (isinstance(scale, (int, float, torch.SymFloat)) and 0 < scale < math.inf):
+    for name, number in (("scale", scale), ("dropout_p", dropout_p)):
+        if not isinstance(number, (int, float, torch.SymFloat)):
+            raise TypeError(f"{name} must be an int or a float, got {number!r}")
+    if not 0 < scale < math.inf:
         raise ValueError(f"scale must be a positive finite number, got {scale!r}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    batch = broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
     return Call(
-        query=_expanded(query, batch),
-        key=_expanded(key, batch),
-        value=_expanded(value, batch),
+        query=query,
+        key=key,
+        value=value,
         bias=bias,
         attn_mask=attn_mask,
         window_left=left,
@@ -75,17 +88,18 @@ def checked(
     )
 
 
-def _expanded(x: Tensor, batch: torch.Size) -> Tensor:
-    """The tensor with all batch dimensions; as it is where it has them, since a view costs time in both passes."""
-    return x if x.shape[:-3] == batch else x.expand(*batch, *x.shape[-3:])
+def of_one_batch(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """With all batch dimensions; as they are where they have them, since a view costs time in both passes."""
+    batch = broadcast_shapes(*(x.shape[:-3] for x in tensors))
+    return tuple(x if x.shape[:-3] == batch else x.expand(*batch, *x.shape[-3:]) for x in tensors)
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast like SDPA does under autocast; factors keep the dtype they come in."""
     if not all(isinstance(t, Tensor) for t in tensors):
         return tensors
     device_type = tensors[0].device.type
-    if torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):  # meta has no autocast to ask for
         dtype = torch.get_autocast_dtype(device_type)
         return tuple(t.to(dtype) if t.dtype == torch.float32 or t.dtype in HALF else t for t in tensors)
     return tensors
@@ -102,7 +116,9 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor)}")
-        if not tensor.is_floating_point():
+        if tensor.is_nested:
+            raise TypeError(f"{name} must not be a nested tensor; pack its sequences for varlen_attention")
+        if tensor.dtype not in DTYPES:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
         if tensor.dim() < 3:
             raise ValueError(f"{name} must be [*batch, H, N, head_dim], got shape {tuple(tensor.shape)}")
@@ -139,6 +155,8 @@ def check_kind(bias: object) -> None:
     """Refuse what is no `FactoredBias`."""
     if isinstance(bias, MixedBias):
         raise TypeError("bias is a MixedBias, which only `attention` takes; ask for one of its `parts`")
+    if isinstance(bias, torch.nn.Module):
+        raise TypeError(f"bias must be a FactoredBias, got the module {type(bias)}; call it, and pass what it returns")
     if not isinstance(bias, FactoredBias):
         raise TypeError(
             f"bias must be a FactoredBias, got {type(bias)}; factor a dense bias first, with flashbias.compress "
@@ -160,7 +178,10 @@ def check_bias(bias: FactoredBias | MixedBias, query: Tensor, key: Tensor) -> No
 
 
 def _check_broadcast(name: str, lead: tuple[int, ...], target: torch.Size) -> None:
-    fits = len(lead) <= len(target) and all(a in (1, b) for a, b in zip(reversed(lead), reversed(target), strict=False))
+    # `a in (1, b)` would be False to torch.compile, where b is a symbol.
+    fits = len(lead) <= len(target) and all(
+        a == 1 or a == b for a, b in zip(reversed(lead), reversed(target), strict=False)
+    )
     if not fits:
         raise ValueError(
             f"leading dimensions {lead} of {name} must each be 1 or equal to those of query, {tuple(target)}"

@@ -73,7 +73,7 @@ def explain(
         query: as in `attention`.
         key: as in `attention`.
         value: as in `attention`.
-        bias: as in `attention`.
+        bias: a `FactoredBias`; of a `MixedBias`, ask for one of its `parts`.
         impl: "auto", or a name to ask about.
         return_lse: as in `attention`.
         **options: the other keywords of `attention`.

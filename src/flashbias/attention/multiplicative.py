@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from flashbias.attention.api import attention
+from flashbias.attention.api import _autocast, _check_tensors, attention
 from flashbias.factored import FactoredBias
 
 __all__ = ["multiplicative_attention"]
@@ -78,15 +78,19 @@ def multiplicative_attention(
         raise TypeError(f"bias must be a FactoredBias, got {type(bias)}")
     if bias.table is not None or bias.ranks is not None:
         raise ValueError(f"bias must be plain factors without a table or per-head ranks, got {bias}")
+    query, key, value = _autocast(query, key, value)
+    _check_tensors(query, key, value, enable_gqa)
     if (bias.seqlen_q, bias.seqlen_k) != (query.shape[-2], key.shape[-2]):
         raise ValueError(
             f"bias is for {bias.seqlen_q} queries and {bias.seqlen_k} keys, "
             f"query and key have {query.shape[-2]} and {key.shape[-2]}"
         )
-    if bias.phi_k.shape[-3] not in (1, key.shape[-3]):
-        raise ValueError(
-            f"phi_k has {bias.phi_k.shape[-3]} heads, key has {key.shape[-3]}; phi_k must have as many or 1"
-        )
+    for side, phi, x in (("q", bias.phi_q, query), ("k", bias.phi_k, key)):
+        heads, name = phi.shape[-3], {"q": "query", "k": "key"}[side]
+        if heads != 1 and heads != x.shape[-3]:
+            raise ValueError(
+                f"phi_{side} has {heads} heads, {name} has {x.shape[-3]}; phi_{side} must have as many or 1"
+            )
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[-1])
     return attention(
