@@ -34,6 +34,7 @@ CASES = [
     Case("only the table learned", table=(12, 9), frozen=("query", "key", "value", "phi_q", "phi_k")),
     Case("fewer tokens than ranks", n=3, table=(12, 9)),
     Case("one token", n=1),
+    Case("documents of fewer tokens than ranks", n=3, batch=(), documents=(0, 2, 3), table=(12, 9), with_dlse=True),
 ]
 RING = {"strategy": "ring"}
 WAYS: list[tuple[str, int, tuple[int, int] | None, dict[str, Any]]] = [

@@ -156,7 +156,7 @@ def context_parallel_attention(
         call = replace(call, bias=replace(call.bias, table=table))
     out, lse = _attend(call, mask, topology, layout, impl)
     if cu_seqlens is not None:
-        out, lse = out.reshape(*query.shape[:-1], -1), lse.reshape(query.shape[:-1])
+        out, lse = out.reshape(*query.shape[:-1], value.shape[-1]), lse.reshape(query.shape[:-1])
     return (out, lse) if return_lse else out
 
 
