@@ -36,6 +36,8 @@ def attend(place: Place, odd: int, change: str, strategy: str = "ring") -> dict[
         options["order"] = "zigzag"
     if is_odd and change == "documents":
         options["cu_seqlens"] = torch.tensor([0, 15], dtype=torch.int32)
+    if is_odd and change == "seqlen":
+        options["seqlen"] = 15
     if is_odd and change == "refused":
         k = k[..., :3]
     with cp.count_traffic() as traffic:
@@ -62,6 +64,7 @@ def attend(place: Place, odd: int, change: str, strategy: str = "ring") -> dict[
         ("strategy", "options: rank 2 has strategy 'ulysses'"),
         ("order", "options: rank 2 has"),
         ("documents", "documents: rank 2"),
+        ("seqlen", "seqlen: rank 2 has 15 where rank 0 has none"),
     ],
 )
 def test_every_rank_names_the_one_that_differs(ranks: Ranks, change: str, message: str) -> None:

@@ -211,6 +211,34 @@ def test_what_a_context_cannot_do(ranks: Ranks) -> None:
             assert message.startswith(part), message
 
 
+def one_refuses(place: Place, change: str) -> str:
+    """Rank 1 calls what a context cannot do; all go on with a call that it can."""
+    x, is_odd = torch.randn(HEADS, 8, 4), place.rank == 1
+    bounds = torch.tensor([0, 16], dtype=torch.int32)
+    with cp.context_parallel(group=place.group, seqlen=16):
+        try:
+            if change == "tokens":
+                fb.attention(x[:, :5] if is_odd else x, x, x)
+            elif change == "mask":
+                fb.attention(x, x, x, attn_mask=torch.ones(8, 8, dtype=torch.bool) if is_odd else None)
+            else:
+                other = torch.tensor([0, 4, 16], dtype=torch.int32) if is_odd else bounds
+                fb.varlen_attention(*(x.transpose(0, 1),) * 3, bounds, other)
+        except (NotImplementedError, ValueError) as error:
+            fb.attention(x, x, x)
+            return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+@pytest.mark.parametrize("change", ["tokens", "mask", "bounds"])
+def test_a_rank_that_refuses_tells_the_others(ranks: Ranks, change: str) -> None:
+    """They need not wait for it until the timeout of their process group."""
+    own = {"tokens": "ValueError: query has 5 tokens", "mask": "NotImplementedError: attn_mask cannot"}
+    others, refused = ranks.results(one_refuses, change, size=2)
+    assert others.startswith("DisagreementError: rank 1 refused its own arguments")
+    assert refused.startswith(own.get(change, "NotImplementedError: under context_parallel, cu_seqlens_q"))
+
+
 def test_without_a_process_group() -> None:
     with pytest.raises(ValueError, match="no process group"):
         cp.positions(4)

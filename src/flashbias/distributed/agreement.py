@@ -15,24 +15,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flashbias.attention.call import INPUTS, Call, inputs_of
+from flashbias.attention.call import DTYPES, INPUTS, Call, inputs_of
 from flashbias.distributed.errors import DisagreementError
 from flashbias.distributed.exchange import naming
 from flashbias.distributed.tiles import Mask
 from flashbias.distributed.topology import STRATEGIES, Circle, Topology
 from flashbias.distributed.traffic import record
 
-__all__ = ["HEADER", "Header", "agree"]
+__all__ = ["HEADER", "Header", "agree", "refuse"]
 
 MAX_DIMS = 8
 """Dimensions of a tensor that a header has room for."""
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _SHAPE = 2 + MAX_DIMS
 _FIELDS: dict[str, int] = {
     "passed its own checks": 1,
     "tokens": 1,
+    "seqlen": 1,
     "documents": 1,
     **dict.fromkeys(INPUTS, _SHAPE),
     "which inputs need gradients": len(INPUTS),
@@ -52,7 +51,9 @@ class Header:
     numbers: tuple[int, ...]
 
     @classmethod
-    def of(cls, call: Call, mask: Mask, options: Sequence[int], needs_grad: Sequence[bool]) -> Header:
+    def of(
+        cls, call: Call, mask: Mask, options: Sequence[int], needs_grad: Sequence[bool], seqlen: int | None = None
+    ) -> Header:
         """Describe a checked call.
 
         Args:
@@ -60,8 +61,10 @@ class Header:
             mask: what is seen, documents included.
             options: four more numbers that must agree: strategy, order, shared gradients, whether deterministic.
             needs_grad: for query, key, value, phi_q, phi_k, table.
+            seqlen: of the whole sequence, where it was given.
 
         Raises:
+            TypeError: a tensor of a dtype that no message has.
             ValueError: a tensor of more than `MAX_DIMS` dimensions.
         """
         bias = call.bias
@@ -73,6 +76,7 @@ class Header:
             (
                 1,
                 call.seqlen_q,
+                -1 if seqlen is None else seqlen,
                 _digest(mask.documents),
                 *shapes,
                 *map(int, needs_grad),
@@ -115,11 +119,21 @@ def agree(topology: Topology, device: torch.device, describe: Callable[[], Heade
     try:
         own = describe()
     except Exception:
-        _gathered(topology, device, Header.refusal())
+        refuse(topology, device)
         raise
     headers = _gathered(topology, device, own)
     _compare(headers)
     return [header.fields()["tokens"][0] for header in headers]
+
+
+def refuse(topology: Topology, device: torch.device) -> None:
+    """Tell the other ranks, which wait in `agree`, that this one refuses its own arguments.
+
+    Args:
+        topology: who takes part.
+        device: where messages live.
+    """
+    _gathered(topology, device, Header.refusal())
 
 
 def _gathered(topology: Topology, device: torch.device, own: Header) -> list[Header]:
@@ -170,6 +184,8 @@ def _shape(name: str, x: Tensor | None) -> tuple[int, ...]:
     """dtype, number of dimensions, sizes; the number of tokens is left open."""
     if x is None:
         return (-1,) * _SHAPE
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
     if x.dim() > MAX_DIMS:
         raise ValueError(f"{name} must have at most {MAX_DIMS} dimensions, got shape {tuple(x.shape)}")
     sizes = list(x.shape)
@@ -199,6 +215,8 @@ def _spoken(name: str, numbers: tuple[int, ...]) -> str:
         return repr(struct.unpack("<d", struct.pack("<q", numbers[0]))[0])
     if name == "which inputs need gradients":
         return str([tensor for tensor, needs in zip(INPUTS, numbers, strict=True) if needs])
+    if name == "seqlen":
+        return "none" if numbers[0] < 0 else str(numbers[0])
     if name == "window":
         return str(tuple(None if n < 0 else n for n in numbers))
     if name == "options":

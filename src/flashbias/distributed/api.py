@@ -144,7 +144,7 @@ def context_parallel_attention(
             TABLE_GRADIENTS.index(table_grad),
             int(call.deterministic),
         )
-        return Header.of(call, mask, options, _needs_grad(call))
+        return Header.of(call, mask, options, _needs_grad(call), seqlen)
 
     device = query.device if isinstance(query, Tensor) else torch.device("cpu")
     sizes = agree(whole, device, describe) if check else _assumed(describe(), whole, seqlen, order)

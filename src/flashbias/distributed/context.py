@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from flashbias.attention import redirect
+from flashbias.distributed.agreement import refuse
 from flashbias.distributed.api import context_parallel_attention
 from flashbias.distributed.shard import Layout, local_rows, unshard
 from flashbias.distributed.topology import Topology
@@ -144,8 +145,12 @@ class ContextParallel:
         **options: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attend across ranks; `cu_seqlens` are boundaries in the whole sequence."""
-        if not torch.equal(cu_seqlens_q, cu_seqlens_k):
-            raise NotImplementedError("under context_parallel, cu_seqlens_q and cu_seqlens_k must be equal")
+        with self._telling_others(query):
+            for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+                if not isinstance(cu, Tensor):
+                    raise TypeError(f"{name} must be an int32 tensor, got {type(cu)}")
+            if not torch.equal(cu_seqlens_q, cu_seqlens_k):
+                raise NotImplementedError("under context_parallel, cu_seqlens_q and cu_seqlens_k must be equal")
         q, k, v = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
         result = self._attend(q, k, v, bias, cu_seqlens_q, attn_mask=None, **options)
         if isinstance(result, tuple):
@@ -165,19 +170,8 @@ class ContextParallel:
         impl: str,
         **options: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        for name, given in (("attn_mask", attn_mask is not None), ("dropout_p", dropout_p > 0)):
-            if given:
-                raise NotImplementedError(f"{name} cannot be used under context_parallel; leave it out")
-        if bias is not None and not isinstance(bias, FactoredBias):
-            raise NotImplementedError(f"bias must be a FactoredBias under context_parallel, got {type(bias)}")
-        if impl == "sdpa":
-            raise NotImplementedError("impl='sdpa' gives no log-sum-exp to merge blocks by; use 'auto' or 'reference'")
-        own = self.layout.sizes[self.topology.cp_rank]
-        if query.shape[-2] != own:
-            raise ValueError(
-                f"query has {query.shape[-2]} tokens; under context_parallel rank {self.topology.cp_rank} holds {own} "
-                f"of {self.layout.seqlen}"
-            )
+        with self._telling_others(query):
+            self._check(query, bias, attn_mask, dropout_p, impl)
         if bias is not None and bias.seqlen_q == bias.seqlen_k == self.layout.seqlen:
             bias = local_rows(bias, self.layout, self.topology.cp_rank)
         return context_parallel_attention(
@@ -191,3 +185,31 @@ class ContextParallel:
             **options,
             **self.options,
         )
+
+    @contextmanager
+    def _telling_others(self, query: Tensor) -> Iterator[None]:
+        """Tell the other ranks of an error: they would wait for this one until the process group's timeout."""
+        try:
+            yield
+        except Exception:
+            if self.options["check"]:
+                refuse(self.topology, query.device if isinstance(query, Tensor) else torch.device("cpu"))
+            raise
+
+    def _check(self, query: Tensor, bias: Any, attn_mask: Tensor | None, dropout_p: float, impl: str) -> None:
+        """Refuse what cannot span ranks, and a query that is not this rank's part."""
+        for name, given in (("attn_mask", attn_mask is not None), ("dropout_p", dropout_p != 0.0)):
+            if given:
+                raise NotImplementedError(f"{name} cannot be used under context_parallel; leave it out")
+        if bias is not None and not isinstance(bias, FactoredBias):
+            raise NotImplementedError(f"bias must be a FactoredBias under context_parallel, got {type(bias)}")
+        if impl == "sdpa":
+            raise NotImplementedError("impl='sdpa' gives no log-sum-exp to merge blocks by; use 'auto' or 'reference'")
+        if not isinstance(query, Tensor) or query.dim() < 3:
+            return  # as everywhere: `context_parallel_attention` says what is wrong with it
+        own = self.layout.sizes[self.topology.cp_rank]
+        if query.shape[-2] != own:
+            raise ValueError(
+                f"query has {query.shape[-2]} tokens; under context_parallel rank {self.topology.cp_rank} holds {own} "
+                f"of {self.layout.seqlen}"
+            )

@@ -285,6 +285,7 @@ def shard_bias(
         phi_q of the local queries, phi_k of the local keys, the whole table, codes of the local tokens.
 
     Raises:
+        TypeError: bias is not a FactoredBias.
         ValueError: as in `positions`, or a bias with more or fewer keys than queries.
 
     Example:
@@ -295,6 +296,8 @@ def shard_bias(
         torch.Size([4, 16, 16])
         >>> torch.distributed.destroy_process_group()
     """
+    if not isinstance(bias, FactoredBias):
+        raise TypeError(f"bias must be a FactoredBias, got {type(bias)}")
     if bias.seqlen_q != bias.seqlen_k:
         raise ValueError(f"bias must have as many keys as queries, got {bias.seqlen_k} and {bias.seqlen_q}")
     topology = Topology.of(mesh, group)
