@@ -68,7 +68,7 @@ class FactoredBias:
     Note:
         Rank 0 (`R == 0`) is allowed together with a table: then the table is the whole bias.
 
-    Example:
+    Examples:
         >>> import torch, flashbias as fb
         >>> j = torch.arange(4.0)
         >>> bias = fb.FactoredBias(torch.full((1, 4, 1), 0.5), j.reshape(1, 4, 1))
@@ -124,7 +124,7 @@ class FactoredBias:
             TypeError: as the class.
             ValueError: as the class.
 
-        Example:
+        Examples:
             >>> import torch, flashbias as fb
             >>> fb.FactoredBias.from_table(torch.tensor([[-1.0, 0.0, 5.0]]), 2, 3).dense()[0]
             tensor([[ 0.,  5.,  5.],
@@ -289,7 +289,7 @@ class FactoredBias:
         Returns:
             A `FactoredBias` of the same rank R; this one where it has no `ranks`. Gradients of padding are zero.
 
-        Example:
+        Examples:
             >>> import torch, flashbias as fb
             >>> bias = fb.FactoredBias(torch.ones(2, 4, 3), torch.ones(2, 4, 3), ranks=[3, 1])
             >>> bias.without_ranks().phi_k[1, 0]

@@ -34,7 +34,7 @@ class MixedBias:
         ValueError: groups and parts do not fit together, in heads, lengths, batch dimensions or device, or a head is
             missing or named twice.
 
-    Example:
+    Examples:
         >>> import torch, flashbias as fb
         >>> low_rank = fb.FactoredBias(torch.randn(2, 8, 1), torch.randn(2, 8, 1))
         >>> bias = fb.MixedBias((low_rank, torch.randn(1, 8, 8)), heads=((0, 2), (1,)))

@@ -59,7 +59,7 @@ def save(bias: FactoredBias | MixedBias, path: str | Path, *, metadata: Mapping[
         ValueError: a name in `metadata` begins with `flashbias.`.
         ModuleNotFoundError: safetensors is not installed.
 
-    Example:
+    Examples:
         >>> import tempfile, torch, flashbias as fb
         >>> from flashbias.store import load, save
         >>> bias = fb.Alibi(num_heads=2)(seqlen_q=16, seqlen_k=16)

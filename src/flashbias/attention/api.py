@@ -85,7 +85,7 @@ def attention(
         Gradients to query, key, value, phi_q, phi_k and table, summed over broadcast dimensions. Second
         derivatives with `impl="reference"`. `torch.compile(fullgraph=True)`, autocast, checkpointing.
 
-    Example:
+    Examples:
         >>> import torch, flashbias as fb
         >>> q, k, v = torch.randn(3, 2, 4, 16, 8)  # [batch, heads, tokens, head_dim]
         >>> bias = fb.FactoredBias(torch.randn(4, 16, 3), torch.randn(4, 16, 3))
@@ -191,7 +191,7 @@ def varlen_attention(
         ValueError: `cu_seqlens` of unequal length, and what `attention` raises.
         NotImplementedError: as in `attention`.
 
-    Example:
+    Examples:
         >>> import torch, flashbias as fb
         >>> q, k, v = torch.randn(3, 7, 2, 8)  # 7 tokens, 2 heads
         >>> cu = torch.tensor([0, 3, 7], dtype=torch.int32)

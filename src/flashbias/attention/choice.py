@@ -84,7 +84,7 @@ def explain(
     Raises:
         NotImplementedError: the named implementation cannot do the call.
 
-    Example:
+    Examples:
         >>> import torch, flashbias as fb
         >>> q = torch.randn(1, 2, 16, 8)
         >>> print(fb.explain(q, q, q).impl)
@@ -115,7 +115,7 @@ def implementations() -> dict[str, str | None]:
     Returns:
         A dict from name to None (it can run) or to the reason why it cannot.
 
-    Example:
+    Examples:
         >>> import flashbias as fb
         >>> fb.implementations()["reference"] is None
         True

@@ -59,7 +59,7 @@ def share(full: tuple[int, ...], own: tuple[int, ...]) -> Sharing | None:
     Returns:
         The levels, or None if there are more than four (a factor that alternates three times).
 
-    Example:
+    Examples:
         >>> share((8, 64, 4), (1, 64, 4))  # windows of 8 images
         Sharing(v1=1, s1=8, v2=256, s2=1)
     """
@@ -94,7 +94,7 @@ def common(parts: Iterable[Sharing], pairs: int, num_heads: int) -> Sharing | No
     Returns:
         The levels; None if the tensors are shared in different ways.
 
-    Example:
+    Examples:
         >>> common([share((8, 64, 4), (1, 64, 1)), share((8, 64, 4), (1, 1, 1))], 2048, 4)
         Sharing(v1=1, s1=8, v2=256, s2=1)
     """

@@ -6,7 +6,8 @@ import math
 
 from torch import Tensor
 
-from flashbias.attention.api import _autocast, _check_tensors, attention
+from flashbias.attention.api import attention
+from flashbias.attention.checks import autocast, check_tensors
 from flashbias.factored import FactoredBias
 
 __all__ = ["multiplicative_attention"]
@@ -63,7 +64,7 @@ def multiplicative_attention(
         ValueError: bias has a table, per-head ranks, or does not fit the queries; and what `attention` raises.
         NotImplementedError: as in `attention`.
 
-    Example:
+    Examples:
         >>> import torch, flashbias as fb
         >>> q, k, v = torch.randn(3, 1, 2, 5, 4)
         >>> b = fb.FactoredBias(torch.rand(2, 5, 2), torch.rand(2, 5, 2))
@@ -78,8 +79,8 @@ def multiplicative_attention(
         raise TypeError(f"bias must be a FactoredBias, got {type(bias)}")
     if bias.table is not None or bias.ranks is not None:
         raise ValueError(f"bias must be plain factors without a table or per-head ranks, got {bias}")
-    query, key, value = _autocast(query, key, value)
-    _check_tensors(query, key, value, enable_gqa)
+    query, key, value = autocast(query, key, value)
+    check_tensors(query, key, value, enable_gqa)
     if (bias.seqlen_q, bias.seqlen_k) != (query.shape[-2], key.shape[-2]):
         raise ValueError(
             f"bias is for {bias.seqlen_q} queries and {bias.seqlen_k} keys, "

@@ -196,7 +196,7 @@ def split(x: Tensor, parts: int, dtype: torch.dtype = torch.bfloat16) -> list[Te
     Returns:
         `parts` tensors of `dtype`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> x = torch.tensor([1048575.0, 0.1])
         >>> hi, mid, lo = split(x, 3)
@@ -303,7 +303,7 @@ def pack(
     Returns:
         `[..., N, R * terms]` and `[..., M, R * terms]`, differentiable.
 
-    Example:
+    Examples:
         >>> import torch
         >>> phi_q, phi_k = torch.full((1, 2, 1), 0.3), torch.arange(4.0).reshape(1, 4, 1)
         >>> a, b = pack(phi_q, phi_k, 1.0, torch.bfloat16)

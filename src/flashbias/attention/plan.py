@@ -46,7 +46,7 @@ def predict_ms(
         ValueError: an unknown form; ranks or a table that the form needs are missing.
         NoCoefficientsError: nothing was measured from which it could be predicted.
 
-    Example:
+    Examples:
         >>> w = Workload(num_heads=16, seqlen_q=8192, seqlen_k=8192, head_dim=64)
         >>> predict_ms(w, "factored", ranks=16, device="h200") < predict_ms(w, "dense", device="h200")
         True
@@ -205,7 +205,7 @@ def plan(
         ValueError: ranks or a table that do not fit the workload, an unknown form, or one that lacks them.
         NoCoefficientsError: the device, the dtype or the kind of training was not measured.
 
-    Example:
+    Examples:
         >>> w = Workload(num_heads=16, seqlen_q=8192, seqlen_k=8192, head_dim=64)
         >>> p = plan(w, ranks=16, device="h200")
         >>> p.best
@@ -271,7 +271,7 @@ class HeadCosts:
     Raises:
         NoCoefficientsError: the device, the dtype or the kind of training was not measured.
 
-    Example:
+    Examples:
         >>> costs = HeadCosts(Workload(num_heads=16, seqlen_q=8192, seqlen_k=8192, head_dim=64), "h200")
         >>> costs.factored(4) <= costs.factored(64)
         True

@@ -40,7 +40,7 @@ class Workload:
         TypeError: an argument of the wrong kind.
         ValueError: a size below 1, an unknown name, a batch that is no multiple of the number of biases.
 
-    Example:
+    Examples:
         >>> Workload(num_heads=8, seqlen_q=1024, seqlen_k=1024, head_dim=64, is_causal=True).training
         'none'
     """

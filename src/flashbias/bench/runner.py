@@ -91,7 +91,7 @@ def run(
         ValueError: an unknown case, pass, provider or dtype; a limit that is not positive; a negative number of
             processes; results to resume that were measured on another device, with another torch or seed.
 
-    Example:
+    Examples:
         >>> import tempfile, flashbias.bench as bench
         >>> path = bench.run(["swin-49"], ["fwd"], ["ours/sdpa"], ["float32"], tempfile.mkdtemp(), small=True,
         ...                  device="cpu", budget_s=0.01)

@@ -51,7 +51,7 @@ def alibi_slopes(num_heads: int) -> Tensor:
     Raises:
         ValueError: `num_heads` is not positive.
 
-    Example:
+    Examples:
         >>> import flashbias as fb
         >>> fb.biases.alibi_slopes(3)
         tensor([0.0625, 0.0039, 0.2500])
@@ -89,7 +89,7 @@ class Alibi(Bias):
         ValueError: `slopes` has another length than `num_heads` or needs a gradient; `heads` is empty or
             out of range.
 
-    Example:
+    Examples:
         >>> import flashbias as fb
         >>> bias = fb.Alibi(num_heads=8)(seqlen_q=3, seqlen_k=3)
         >>> bias.rank, bias.dense()[0, 2]

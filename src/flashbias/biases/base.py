@@ -102,7 +102,7 @@ def registry() -> dict[str, type[Bias]]:
     Returns:
         A new dictionary, sorted by name.
 
-    Example:
+    Examples:
         >>> import flashbias as fb
         >>> fb.biases.registry()["Alibi"] is fb.Alibi
         True

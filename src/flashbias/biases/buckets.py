@@ -49,7 +49,7 @@ def relative_bucket(
         The logarithm is taken in float32, as the models' own code does: at 16, 32 and 64 it lands on an
         integer, and rounding decides the bucket.
 
-    Example:
+    Examples:
         >>> import torch, flashbias as fb
         >>> fb.biases.relative_bucket(torch.tensor([-200, -9, -1, 0, 1, 9, 200]))
         tensor([15,  8,  1,  0, 17, 24, 31])
@@ -96,7 +96,7 @@ class RelativeBuckets(Bias):
         ValueError: too few buckets, an odd number of them for two directions, or a `max_distance` within
             the range of the one-step buckets.
 
-    Example:
+    Examples:
         >>> import flashbias as fb
         >>> bias = fb.RelativeBuckets(num_heads=12)(seqlen_q=512, seqlen_k=512)
         >>> bias.rank, bias.table.shape

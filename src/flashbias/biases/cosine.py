@@ -42,7 +42,7 @@ class CosineDifference(Bias):
     Raises:
         ValueError: `frequency` has another length than `num_heads` or needs a gradient.
 
-    Example:
+    Examples:
         >>> import math, torch, flashbias as fb
         >>> angle = torch.tensor([0.0, math.pi])
         >>> fb.CosineDifference(num_heads=1)(angle).dense()[0].round()

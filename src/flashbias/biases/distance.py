@@ -47,7 +47,7 @@ class SquaredDistance(Bias):
     Attributes:
         raw_weight: `[H]`, or None.
 
-    Example:
+    Examples:
         >>> import torch, flashbias as fb
         >>> x = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
         >>> bias = fb.SquaredDistance(num_heads=1)(x, weight=2.0)

@@ -63,7 +63,7 @@ class EarthSpecificBias(Bias):
     Raises:
         ValueError: `windows` is not 2 positive numbers, or `window` not 3.
 
-    Example:
+    Examples:
         >>> import torch, flashbias as fb
         >>> from flashbias.biases import EarthSpecificBias
         >>> bias = EarthSpecificBias(num_heads=2, windows=(1, 3), window=(2, 2, 4))()

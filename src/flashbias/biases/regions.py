@@ -60,7 +60,7 @@ class RegionMask(Bias):
     Raises:
         ValueError: `num_regions` is less than 2, or `penalty` not a positive finite number.
 
-    Example:
+    Examples:
         >>> import torch, flashbias as fb
         >>> bias = fb.RegionMask(num_heads=8, num_regions=3)(torch.tensor([0, 1, 1, 2]))
         >>> bias.rank, bias.dense()[0]
@@ -194,7 +194,7 @@ class ShiftedWindowMask(Bias):
         ValueError: sides that are not positive integers, a window that does not divide the size, a shift out of
             range or 0 on all axes, or a penalty that is not a positive finite number.
 
-    Example:
+    Examples:
         >>> import torch, flashbias as fb
         >>> mask = fb.ShiftedWindowMask(num_heads=4, size=(14, 21), window=(7, 7))
         >>> mask().shape, mask().rank

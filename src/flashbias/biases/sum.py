@@ -43,7 +43,7 @@ class Sum(Bias):
         TypeError: a term is no bias module.
         ValueError: no terms, or different numbers of heads.
 
-    Example:
+    Examples:
         >>> import flashbias as fb
         >>> bias = fb.biases.Sum(fb.Alibi(8), fb.RelativeBuckets(8))(seqlen_q=64, seqlen_k=64)
         >>> bias.rank, bias.table.shape

@@ -59,7 +59,7 @@ class WindowBias(Bias):
     Raises:
         ValueError: `window` is not 2 or 3 positive integers.
 
-    Example:
+    Examples:
         >>> import flashbias as fb
         >>> bias = fb.WindowBias(num_heads=4, window=(7, 7))()
         >>> bias.shape, bias.table.shape

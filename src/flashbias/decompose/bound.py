@@ -36,7 +36,7 @@ def check_tol(tol: float) -> float:
 def spread_allowed(tol: float) -> float:
     """Return the largest spread of a row's error that keeps the promise `tol`: `4 artanh(tol)`.
 
-    Example:
+    Examples:
         >>> round(spread_allowed(0.02), 6)
         0.080011
     """
@@ -75,7 +75,7 @@ def certificate(spread: Tensor) -> Tensor:
     Returns:
         The bounds, same shape, in 0 … 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> error = torch.tensor([[0.0, 0.04, -0.04]])
         >>> certificate(row_spread(error)).item() <= 0.02

@@ -94,7 +94,7 @@ def compress(
         NotLowRankError: no representation keeps the promise at less than the cost of the dense bias. It carries the
             report.
 
-    Example:
+    Examples:
         >>> import torch, flashbias as fb
         >>> x = torch.linspace(0, 1, 96)
         >>> bias = fb.compress(torch.exp(-((x[:, None] - x) ** 2) * 20)[None], tol=1e-3, table=None)

@@ -171,7 +171,7 @@ def compress_function(
             wrong type.
         ValueError: `tol` outside (0, 1), shapes that do not fit, values that are not finite in float32.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from flashbias.decompose.cross import compress_function
         >>> x = torch.linspace(0.0, 1.0, 2000, dtype=torch.float64)[:, None]

@@ -137,7 +137,7 @@ def distill(
             teacher of the wrong shape or not finite; a loss that is not finite; a checkpoint that exists and is not
             to be resumed, cannot be read or written, or belongs to another run.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from flashbias.decompose.learned import LowRankBias
         >>> x = torch.linspace(0.0, 1.0, 24)

@@ -45,7 +45,7 @@ class LowRankBias(nn.Module):
     Raises:
         ValueError: a size is not a positive integer, or `init_std` is not positive.
 
-    Example:
+    Examples:
         >>> import torch
         >>> bias = LowRankBias(num_heads=4, seqlen_q=64, seqlen_k=80, rank=3)
         >>> bias().shape, sum(p.numel() for p in bias.parameters())
@@ -101,7 +101,7 @@ class LowRankBias(nn.Module):
         Raises:
             TypeError: `bias` is no FactoredBias.
 
-        Example:
+        Examples:
             >>> import flashbias as fb
             >>> module = LowRankBias.from_bias(fb.RelativeBuckets(num_heads=2)(8, 8))
             >>> [name for name, p in module.named_parameters() if p.numel()]

@@ -59,7 +59,7 @@ class NeuralBias(nn.Module):
     Supports:
         autocast and `torch.compile`; gradients to parameters and features.
 
-    Example:
+    Examples:
         >>> import torch
         >>> bias = NeuralBias(in_features=7, num_heads=4, rank=8, hidden=(32, 32))
         >>> bias(torch.randn(2, 50, 7)).shape

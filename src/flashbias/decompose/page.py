@@ -50,7 +50,7 @@ MANY_HEADS = 64
 def pixels_for(num_heads: int) -> int:
     """Longest side of each picture, so that a page with so many heads stays small.
 
-    Example:
+    Examples:
         >>> pixels_for(12), pixels_for(376)
         (288, 109)
     """

@@ -119,7 +119,7 @@ def read_layers(
         ValueError: the file is not what its name says, is damaged, or holds pickled objects; the key is missing or must
             be given; the shape is not one of those above.
 
-    Example:
+    Examples:
         >>> import tempfile, numpy as np
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     np.save(f"{folder}/bias.npy", np.zeros((4, 16, 16), dtype=np.float32))

@@ -35,7 +35,7 @@ IN_WORDS = {"low rank": "factors", "table": "a table", "table + low rank": "a ta
 def bound(certificate: float) -> str:
     """A certificate with two digits.
 
-    Example:
+    Examples:
         >>> bound(0.01934), bound(0.0)
         ('0.019', 'exact')
     """
@@ -45,7 +45,7 @@ def bound(certificate: float) -> str:
 def size(count: float) -> str:
     """A number of bytes.
 
-    Example:
+    Examples:
         >>> size(3_300_000), size(512)
         ('3.1 MiB', '512 B')
     """
@@ -64,7 +64,7 @@ def times_dense(head: HeadReport) -> str:
 def energy(head: HeadReport) -> str:
     """Share of the energy that factors keep, where it is they that stand for the bias or came nearest.
 
-    Example:
+    Examples:
         >>> energy(HeadReport(0, "low rank", 4, 1e-4, 0.1, 0.2, 3.0, 0.99987))
         '0.9999'
     """

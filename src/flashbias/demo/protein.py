@@ -43,7 +43,7 @@ def crystal(copies: int = 1) -> NDArray[np.float64]:
     Raises:
         ValueError: `copies` is out of range.
 
-    Example:
+    Examples:
         >>> from flashbias.demo.protein import crystal
         >>> crystal(4).shape
         (3144, 3)

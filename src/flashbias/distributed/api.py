@@ -112,7 +112,7 @@ def context_parallel_attention(
         Gradients to query, key, value, phi_q, phi_k and table. Shards of unequal size, and empty ones. Activation
         checkpointing, DDP, FSDP2. `torch.compile` of the surrounding model breaks its graph here.
 
-    Example:
+    Examples:
         >>> import torch, flashbias as fb, flashbias.distributed as cp
         >>> store = torch.distributed.HashStore()  # torchrun does this for many ranks; here there is one
         >>> torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)

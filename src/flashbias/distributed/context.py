@@ -61,7 +61,7 @@ def context_parallel(
         RuntimeError: such a context is open already.
         ValueError: as in `context_parallel_attention`.
 
-    Example:
+    Examples:
         >>> import torch, flashbias as fb, flashbias.distributed as cp
         >>> store = torch.distributed.HashStore()  # torchrun does this for many ranks; here there is one
         >>> torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)

@@ -37,7 +37,7 @@ def local_heads(num_heads: int, mesh: DeviceMesh | None = None, *, group: dist.P
     Raises:
         ValueError: fewer heads than ranks, or a mesh of more dimensions.
 
-    Example:
+    Examples:
         >>> import torch, flashbias as fb, flashbias.distributed as cp
         >>> store = torch.distributed.HashStore()  # torchrun does this for many ranks; here there is one
         >>> torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
@@ -71,7 +71,7 @@ def bias_of_heads(bias: FactoredBias, heads: Sequence[int]) -> FactoredBias:
     Raises:
         ValueError: indices that are empty, not consecutive, or not heads of the bias.
 
-    Example:
+    Examples:
         >>> import torch, flashbias as fb, flashbias.distributed as cp
         >>> whole, part = fb.Alibi(num_heads=8)(4, 4), fb.Alibi(num_heads=8, heads=range(4, 6))(4, 4)
         >>> torch.equal(cp.bias_of_heads(whole, range(4, 6)).dense(), part.dense())
@@ -123,7 +123,7 @@ def head_parallel_attention(query: Any, key: Any, value: Any, bias: FactoredBias
         ValueError: placements that are not equal, or cut another dimension; heads that do not divide.
         NotImplementedError: `attn_mask` or `return_lse` was given.
 
-    Example:
+    Examples:
         >>> import torch, flashbias as fb, flashbias.distributed as cp
         >>> store = torch.distributed.HashStore()  # torchrun does this for many ranks; here there is one
         >>> torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)

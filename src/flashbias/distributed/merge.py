@@ -30,7 +30,7 @@ class Merged:
         out: `[*batch, H, N, head_dim_v]`, float32 (float64 beside float64), or as one block of all rows has it.
         lse: `[*batch, H, N]`, float64; -inf where nothing has been seen.
 
-    Example:
+    Examples:
         >>> import torch
         >>> merged = Merged(torch.zeros(1, 2, 4), head_dim_v=1)
         >>> for value in (1.0, 3.0):

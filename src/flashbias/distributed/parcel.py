@@ -22,7 +22,7 @@ class Parcel:
         shapes: one for each tensor.
         dtypes: likewise.
 
-    Example:
+    Examples:
         >>> import torch
         >>> parcel = Parcel.like([torch.arange(3), torch.ones(2, 2)])
         >>> parcel.unpack(parcel.pack([torch.arange(3), torch.ones(2, 2)]))[1].shape

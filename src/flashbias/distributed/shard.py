@@ -35,7 +35,7 @@ class Layout:
     Args:
         runs: for each rank its runs, ascending, none of them empty; together every token once.
 
-    Example:
+    Examples:
         >>> Layout.of(10, 2, "zigzag").runs
         ((range(0, 3), range(9, 10)), (range(3, 9),))
     """
@@ -170,7 +170,7 @@ def positions(
     Raises:
         ValueError: an unknown order, or a mesh that is not one- or two-dimensional.
 
-    Example:
+    Examples:
         >>> import torch, flashbias.distributed as cp
         >>> store = torch.distributed.HashStore()  # torchrun does this for many ranks; here there is one
         >>> torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
@@ -205,7 +205,7 @@ def shard(
     Raises:
         ValueError: as in `positions`.
 
-    Example:
+    Examples:
         >>> import torch, flashbias.distributed as cp
         >>> store = torch.distributed.HashStore()  # torchrun does this for many ranks; here there is one
         >>> torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
@@ -242,7 +242,7 @@ def unshard(
     Raises:
         ValueError: as in `positions`, or sizes that `shard` would not have cut.
 
-    Example:
+    Examples:
         >>> import torch, flashbias.distributed as cp
         >>> store = torch.distributed.HashStore()  # torchrun does this for many ranks; here there is one
         >>> torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
@@ -288,7 +288,7 @@ def shard_bias(
         TypeError: bias is not a FactoredBias.
         ValueError: as in `positions`, or a bias with more or fewer keys than queries.
 
-    Example:
+    Examples:
         >>> import torch, flashbias as fb, flashbias.distributed as cp
         >>> store = torch.distributed.HashStore()  # torchrun does this for many ranks; here there is one
         >>> torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)

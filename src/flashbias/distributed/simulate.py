@@ -173,7 +173,7 @@ def predict(workload: Workload, machine: Machine, cp_size: int, strategy: str) -
     Raises:
         ValueError: an unknown strategy, or one that the heads or the size do not allow.
 
-    Example:
+    Examples:
         >>> fast, slow = Link(1e-6, 4e11), Link(1e-5, 4e10)
         >>> machine = Machine(4e14, 2.5e14, near=fast, far=slow)
         >>> alibi = Workload(seqlen=2**20, num_heads=32, num_kv_heads=32, head_dim=128, rank=2)
@@ -249,7 +249,7 @@ def simulate(
     Returns:
         Predictions, by size; those that heads do not allow are left out.
 
-    Example:
+    Examples:
         >>> machine = Machine(4e14, 2.5e14, near=Link(1e-6, 4e11), far=Link(1e-5, 4e10))
         >>> eight_heads = Workload(seqlen=2**20, num_heads=8, num_kv_heads=8, head_dim=128, rank=2)
         >>> [(p.cp_size, p.strategy) for p in simulate(eight_heads, machine, sizes=(8, 16))]
@@ -272,7 +272,7 @@ def simulation_table(predictions: Sequence[Prediction]) -> str:
     Returns:
         The table.
 
-    Example:
+    Examples:
         >>> print(simulation_table([Prediction("ring", 8, seconds=2.0, exposed=0.1, efficiency=0.95, sent=3e9)]))
         | GPUs | ring: time | efficiency | sent per GPU |
         |---:|---:|---:|---:|
@@ -368,7 +368,7 @@ def fitted_link(sizes: Sequence[int], seconds: Sequence[float]) -> Link:
     Raises:
         RuntimeError: times do not grow with sizes.
 
-    Example:
+    Examples:
         >>> link = fitted_link([1000, 2000, 4000], [3.0, 4.0, 6.0])
         >>> round(link.alpha, 6), round(link.beta, 3)
         (2.0, 1000.0)

@@ -74,7 +74,7 @@ def tiles(layout: Layout, q_rank: int, k_rank: int, mask: Mask) -> list[Tile]:
     Returns:
         Rectangles, none of them empty.
 
-    Example:
+    Examples:
         >>> tiles(Layout.of(8, 2, "zigzag"), 0, 1, Mask(right=0))  # rank 0 holds 0, 1 and 6, 7
         [Tile(queries=slice(2, 4, None), keys=slice(0, 4, None), left=None, right=None, documents=None)]
     """

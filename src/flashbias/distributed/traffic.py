@@ -51,7 +51,7 @@ _counting: list[Traffic] = []
 def count_traffic() -> Iterator[Traffic]:
     """Count the bytes that context-parallel attention sends from this process.
 
-    Example:
+    Examples:
         >>> import flashbias.distributed as cp
         >>> with cp.count_traffic() as traffic:
         ...     pass
@@ -89,7 +89,7 @@ class RingBytes:
         factor_element: bytes per element of phi_k.
         gradient_element: bytes per element of a gradient on its way home.
 
-    Example:
+    Examples:
         >>> ring = RingBytes(cp_size=2, tokens=1024, num_kv_heads=8, head_dim=128, head_dim_v=128, element=2,
         ...                  rank=16, factor_heads=8, factor_element=2)
         >>> ring.overhead == 16 / (2 * 128)

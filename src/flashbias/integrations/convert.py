@@ -43,7 +43,7 @@ def unpatched_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> 
         ValueError: the model is patched, or has no table for some of the factors.
         RuntimeError: the rest of the state_dict does not fit the model.
 
-    Example:
+    Examples:
         >>> import torch, flashbias as fb
         >>> from transformers import SwinConfig, SwinModel
         >>> shape = dict(image_size=16, patch_size=2, window_size=4, embed_dim=8, depths=[1], num_heads=[1])

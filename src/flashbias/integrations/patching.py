@@ -78,7 +78,7 @@ def patch(
         Training with every gradient of the unpatched model, dropout, gradient checkpointing, padding masks,
         generation with a cache. Not `output_attentions=True`: the probabilities are what is never formed.
 
-    Example:
+    Examples:
         >>> import torch, flashbias as fb
         >>> from transformers import T5Config, T5EncoderModel
         >>> config = T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)

@@ -45,7 +45,7 @@ class PatchReport:
         model: name of the model's class.
         entries: one for each attention of a known family, in the order of the model's modules.
 
-    Example:
+    Examples:
         >>> from flashbias.integrations import AttentionEntry, PatchReport
         >>> entry = AttentionEntry("block.0", "T5", "replaced", "exact table", 0, 0.0)
         >>> print(PatchReport("T5EncoderModel", (entry,)))
@@ -131,7 +131,7 @@ class UnpatchReport:
         model: name of the model's class.
         entries: one for each table that trained factors were written to; none where nothing was trained as factors.
 
-    Example:
+    Examples:
         >>> from flashbias.integrations import UnpatchReport, WrittenTable
         >>> print(UnpatchReport("SwinModel", (WrittenTable("block.0.table", 0.0123, 0.004),)))
         SwinModel: 1 table written

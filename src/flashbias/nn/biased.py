@@ -42,7 +42,7 @@ class BiasedSelfAttention(nn.Module):
     Supports:
         Gradients to tokens and parameters, those of the family included; autocast; any leading batch dimensions.
 
-    Example:
+    Examples:
         >>> import torch, flashbias as fb
         >>> from flashbias.nn import BiasedSelfAttention
         >>> layer = BiasedSelfAttention(embed_dim=32, num_heads=4, bias=fb.Alibi(4), is_causal=True)

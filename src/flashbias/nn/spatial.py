@@ -49,7 +49,7 @@ class SpatialBiasAttention(nn.Module):
         Gradients to tokens, points and parameters; autocast; any leading batch dimensions. Weights, points and the
         factors made of them are float32 at least.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from flashbias.nn import SpatialBiasAttention
         >>> layer = SpatialBiasAttention(embed_dim=32, num_heads=4, dim=3)
@@ -188,7 +188,7 @@ class SpatialTransformerLayer(nn.Module):
     Raises:
         ValueError: `hidden` is not a positive integer, and what `SpatialBiasAttention` raises.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from flashbias.nn import SpatialTransformerLayer
         >>> layer = SpatialTransformerLayer(embed_dim=32, num_heads=4, dim=2)

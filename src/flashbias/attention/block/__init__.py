@@ -115,7 +115,7 @@ def attention_block(call: Call, impl: str = "auto") -> tuple[Tensor, Tensor]:
         ValueError: an unknown `impl`, or a call with a mask, dropout or another alignment.
         NotImplementedError: the named implementation cannot do the call.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from flashbias.attention.block import attention_block, checked_block
         >>> call = checked_block(*torch.randn(3, 2, 16, 8))

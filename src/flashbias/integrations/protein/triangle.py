@@ -81,7 +81,7 @@ def triangle_attention(
     Supports:
         Gradients to q, k, v and the factors, summed over the rows.
 
-    Example:
+    Examples:
         >>> import torch, flashbias as fb
         >>> from flashbias.integrations.protein import triangle_attention
         >>> q, k, v = torch.randn(3, 1, 24, 4, 24, 8)  # [B, rows, heads, residues, D]
@@ -156,7 +156,7 @@ def pair_bias_attention(
     Supports:
         Gradients to q, k, v and the factors, summed over the dimensions that these share.
 
-    Example:
+    Examples:
         >>> import torch, flashbias as fb
         >>> from flashbias.integrations.protein import pair_bias_attention
         >>> q, k, v = torch.randn(3, 5, 4, 30, 8)  # [samples, heads, tokens, D]
