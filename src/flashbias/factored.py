@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from flashbias.constants import on_device
+
 __all__ = ["FactoredBias", "broadcast_shapes", "relative_lookup", "without_autocast"]
 
 
@@ -217,7 +219,7 @@ class FactoredBias:
         """Return `[H, R]` booleans, True where a head has a column of its own (needs `ranks`)."""
         if self.ranks is None:
             raise ValueError("ranks is None: every head has all columns")
-        ranks = torch.tensor(self.ranks, device=self.device)
+        ranks = on_device(tuple(self.ranks), self.device)
         return torch.arange(self.rank, device=self.device)[None, :] < ranks[:, None]
 
     def check_finite(self) -> FactoredBias:

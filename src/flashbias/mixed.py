@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from flashbias.constants import on_device
 from flashbias.factored import FactoredBias
 
 __all__ = ["MixedBias"]
@@ -105,8 +106,8 @@ class MixedBias:
 
     def order(self) -> Tensor:
         """`[H]`: where each head stands when the groups are laid one after the other."""
-        laid = torch.tensor([h for group in self.heads for h in group], device=self.device)
-        return laid.argsort()
+        laid = [h for group in self.heads for h in group]
+        return on_device(tuple(sorted(range(len(laid)), key=laid.__getitem__)), self.device)
 
     def to(self, *args: Any, **kwargs: Any) -> MixedBias:
         """Move or cast like `Tensor.to`."""

@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from flashbias.constants import on_device
 from flashbias.factored import FactoredBias
 from flashbias.mixed import MixedBias
 
@@ -45,8 +46,8 @@ def attend_by_groups(
         raise ValueError(f"bias has {bias.num_heads} heads and query {num_heads}; must be equal")
     results = []
     for part, group in zip(bias.parts, bias.heads, strict=True):
-        heads = torch.tensor(group, device=query.device)
-        kv_heads = heads // max(1, num_heads // max(1, num_kv_heads))
+        heads = on_device(group, query.device)
+        kv_heads = on_device(tuple(h // max(1, num_heads // max(1, num_kv_heads)) for h in group), query.device)
         mask = attn_mask
         if isinstance(mask, Tensor) and mask.dim() > 2 and mask.shape[-3] > 1:
             mask = mask.index_select(-3, heads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ pytest.importorskip("triton.experimental.gluon", reason="this release of triton 
 if INTERPRETED:
     pytest.skip("Gluon has no interpreter: TRITON_INTERPRET=1 is set", allow_module_level=True)
 
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from flashbias.attention.hopper import backward, forward
@@ -80,6 +82,8 @@ def descriptors(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             found.extend(x for x in arguments if isinstance(x, TensorDescriptor))
 
     monkeypatch.setattr(JITFunction, "run", record)
+    # A device of its own: a kernel that was compiled for a GPU is not found.
+    monkeypatch.setattr(driver, "_active", SimpleNamespace(get_current_device=lambda: -1))
     monkeypatch.setattr(backward, "is_slower", lambda *_: False, raising=False)
     return found
 

@@ -15,7 +15,8 @@ from flashbias.attention.hopper.configs import ready_columns
 from flashbias.attention.hopper.gluon import TensorDescriptor, gl
 from flashbias.attention.hopper.pack import ReadyFactors
 from flashbias.attention.layout import cdiv
-from flashbias.attention.triton.operands import Operands, flattened, ranks_on
+from flashbias.attention.triton.operands import Operands, flattened
+from flashbias.constants import on_device
 
 __all__ = [
     "FAR",
@@ -211,7 +212,7 @@ class HopperOperands(Operands):
 @torch.inference_mode(mode=False)
 def _padding(ranks: tuple[int, ...], width: int, device: torch.device) -> Tensor:
     """`[H, 1, R]`, True in the columns that a head lacks."""
-    return torch.arange(width, device=device) >= ranks_on(ranks, device)[:, None, None]
+    return torch.arange(width, device=device) >= on_device(ranks, device, torch.int32)[:, None, None]
 
 
 def descriptor(x: Tensor, rows: int, columns: int) -> Any:

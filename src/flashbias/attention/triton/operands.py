@@ -18,21 +18,15 @@ from flashbias.attention.layout import Sharing, cdiv, flatten_heads, next_power_
 from flashbias.attention.packing import Handed
 from flashbias.attention.triton.configs import WIDEST_SPLIT
 from flashbias.attention.triton.pack import FACTOR_STRIDES, Factors
+from flashbias.constants import on_device
 
-__all__ = ["Operands", "flattened", "ranks_on", "strides_of", "walk_sizes"]
+__all__ = ["Operands", "flattened", "strides_of", "walk_sizes"]
 
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a GPU (1 under the interpreter)."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-@functools.lru_cache(maxsize=256)
-@torch.inference_mode(mode=False)
-def ranks_on(ranks: tuple[int, ...], device: torch.device) -> Tensor:
-    """Ranks of heads on a device, copied once: a copy for each call would wait for all that the GPU has to do."""
-    return torch.tensor(ranks, dtype=torch.int32, device=device)
 
 
 _NO_FACTORS = dict.fromkeys(FACTOR_STRIDES, 0)
@@ -132,7 +126,8 @@ class Operands:
         if phi_q is not None and phi_k is not None:
             sharing_q, sharing_k = _shared(full, phi_q.shape[:-2]), _shared(full, phi_k.shape[:-2])
             if ranks:
-                per_head_ranks = ranks_on(tuple(ranks) * (query.shape[-3] // len(ranks)), query.device)
+                every_head = tuple(ranks) * (query.shape[-3] // len(ranks))
+                per_head_ranks = on_device(every_head, query.device, torch.int32)
         mask, sharing_mask = None, everyone
         if attn_mask is not None:
             mask = flatten_heads(attn_mask).view(torch.uint8)

@@ -1,0 +1,58 @@
+"""Numbers of the host on a device: copied once, and never what was made for somebody's trace."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+import flashbias as fb
+from flashbias import constants
+from flashbias.constants import on_device
+
+CPU = torch.device("cpu")
+
+
+def test_the_same_tensor_each_time() -> None:
+    found = on_device((3, 1, 2), CPU)
+    assert found.tolist() == [3, 1, 2] and found.dtype == torch.int64
+    assert on_device((3, 1, 2), CPU) is found
+    assert on_device((3, 1, 2), CPU, torch.int32).dtype == torch.int32
+    assert on_device((), CPU).shape == (0,)
+
+
+def test_what_is_made_under_a_mode_is_not_for_others() -> None:
+    values = (17, 4, 23)
+    with FakeTensorMode():
+        assert isinstance(on_device(values, CPU), FakeTensor)
+    assert on_device(values, CPU).tolist() == list(values)
+    with FakeTensorMode():
+        assert isinstance(on_device(values, CPU), FakeTensor)
+
+
+def test_what_is_made_in_inference_serves_in_training() -> None:
+    with torch.inference_mode():
+        index = on_device((5, 0, 2), CPU)
+    x = torch.randn(6, requires_grad=True)
+    x.index_select(0, index).sum().backward()
+    assert x.grad is not None and x.grad.tolist() == [1, 0, 1, 0, 0, 1]
+
+
+@pytest.mark.parametrize("what", ["mixed", "ranks"])
+def test_attention_copies_nothing_the_second_time(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy from the host waits for the GPU, and cannot be part of a CUDA graph."""
+    phi_q, phi_k = torch.randn(2, 6, 3), torch.randn(2, 6, 3)
+    if what == "mixed":
+        low = fb.FactoredBias(phi_q, phi_k)
+        bias: fb.FactoredBias | fb.MixedBias = fb.MixedBias((low, torch.randn(1, 6, 6)), heads=((2, 0), (1,)))
+    else:
+        bias = fb.FactoredBias(torch.randn(3, 6, 3), torch.randn(3, 6, 3), ranks=(3, 1, 2))
+    q = torch.randn(2, 3, 6, 8)
+    wanted = fb.attention(q, q, q, bias)
+    monkeypatch.setattr(torch, "tensor", lambda *_, **__: pytest.fail("a copy from the host"))
+    found = fb.attention(q, q, q, bias)
+    assert isinstance(found, torch.Tensor) and isinstance(wanted, torch.Tensor) and torch.equal(found, wanted)
+
+
+def test_the_cache_does_not_grow_for_ever() -> None:
+    assert constants._on_device.cache_info().maxsize is not None
