@@ -28,7 +28,7 @@ BLOCK_ENTRIES = 1 << 22
 BLOCK_QUERIES = 16_384
 """Queries that share one centre of phi_k when there are too many keys for a single one."""
 
-SAMPLED_KEYS = 16
+SAMPLED_KEYS = 8
 """Keys, evenly spread from the first to the last, among which a row looks for a large bias to start its sums at."""
 
 
@@ -176,9 +176,11 @@ def _large_bias(call: Call, phi_q: Tensor, phi_k: Tensor, queries: slice, opposi
     """
     device = call.query.device
     sampled = torch.arange(SAMPLED_KEYS, device=device) * (call.seqlen_k - 1) // (SAMPLED_KEYS - 1)
-    products = phi_q.detach().double() @ phi_k[..., sampled, :].detach().double().mT
     own = packing.row_sums(phi_q, phi_k[..., opposite, :])[..., None]
-    biases = torch.cat([own, products], dim=-1)
+    # Any start near will do: it need not be exact.
+    dtype = torch.promote_types(call.query.dtype, torch.float32)
+    products = phi_q.detach().to(dtype) @ phi_k[..., sampled, :].detach().to(dtype).mT
+    biases = torch.cat([own.to(dtype), products], dim=-1)
     keys = torch.cat([opposite[:, None], sampled.expand(opposite.shape[0], -1)], dim=-1)
     if call.is_banded:
         i = torch.arange(queries.start, queries.stop, device=device)[:, None]

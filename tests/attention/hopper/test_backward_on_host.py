@@ -151,7 +151,7 @@ def computed(problem: Problem, leaves: dict[str, Tensor], scale: float, dout: Te
         seqlen_k=problem.m, head_dim=problem.width, head_dim_v=problem.width_v, block_d=problem.width,
         block_dv=problem.width_v, columns=COLUMNS if factors else 0, rank=problem.rank, shift=0,
         window_left=problem.left, window_right=problem.right, scale=scale, sharing_q=sharing_q, sharing_k=sharing_k,
-        flat=lambda t: t,
+        shape=None, flat=lambda t: t,
     )  # fmt: skip
     rows = cdiv(problem.n, SLAB) * SLAB
     lse2 = torch.full((b * h, rows), math.inf)
