@@ -86,7 +86,7 @@ class IntegrationSuite:
     def factored(self, dtype: torch.dtype, rank: int = 2, constant: bool = False) -> list[Tensor]:
         """query, key, value, and factors that are small beside them at rank 2."""
         generator = torch.Generator().manual_seed(0)
-        shapes = [(3, 4, 70, 32)] * 3 + [(4, 1 if constant else 70, rank), (1, 70, rank)]
+        shapes = [(3, 2, 40, 32)] * 3 + [(2, 1 if constant else 40, rank), (1, 40, rank)]
         made = [torch.randn(shape, generator=generator).to(self.device) for shape in shapes]
         leaves = [x.to(dtype) if i < 3 else x for i, x in enumerate(made)]
         return [x.requires_grad_() for x in leaves]
@@ -129,7 +129,7 @@ class IntegrationSuite:
             self.attend_factored(*self.factored(torch.bfloat16, rank=33))
         assert 0 < small <= q.numel() * q.element_size()
         assert sum(sizes) == small
-        arguments = (*self.factored(torch.bfloat16), *[None] * 7, 70, 70, [], 0.3, -1, 0, False, 0.0, "triton")
+        arguments = (*self.factored(torch.bfloat16), *[None] * 7, 40, 40, [], 0.3, -1, 0, False, 0.0, "triton")
         with torch.no_grad():
             *_, packed = registration.attention_forward(*arguments)
         assert packed.numel() == 0
@@ -154,7 +154,7 @@ class IntegrationSuite:
 
     def test_opcheck_of_what_is_handed_over(self) -> None:
         leaves = self.factored(torch.bfloat16)
-        arguments = (*leaves, *[None] * 7, 70, 70, [], 0.3, -1, 0, False, 0.0, "triton")
+        arguments = (*leaves, *[None] * 7, 40, 40, [], 0.3, -1, 0, False, 0.0, "triton")
         torch.library.opcheck(registration.attention_forward, arguments)
         torch.library.opcheck(registration.attention_forward, (*(x.detach() for x in leaves), *arguments[5:], True))
 
