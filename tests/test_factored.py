@@ -65,6 +65,15 @@ def entry(bias: fb.FactoredBias, b: int, h: int, i: int, j: int) -> float:
     return total
 
 
+def test_dense_is_as_wide_as_the_widest_part() -> None:
+    """A table of float32 beside factors of bfloat16 would lose its last bits in theirs."""
+    table = torch.tensor([[0.1, 0.2, 0.3]])
+    bias = fb.FactoredBias(torch.ones(1, 4, 2).bfloat16(), torch.ones(1, 4, 2).bfloat16(), table)
+    assert bias.dense().dtype == torch.float32
+    assert torch.equal(bias.dense().diagonal(1, -2, -1)[0], torch.full((3,), 2.0) + table[0, 2])
+    assert bias.dense(torch.bfloat16).dtype == torch.bfloat16
+
+
 @kinds
 def test_dense_is_the_definition(kind: Callable[..., fb.FactoredBias]) -> None:
     bias = kind()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import reduce
 from operator import index
 from typing import Any
 
@@ -202,12 +203,13 @@ class FactoredBias:
         `torch.autocast` does not change it: half-precision positions would be off by whole tokens.
 
         Args:
-            dtype: dtype to compute and return; default that of the factors.
+            dtype: dtype to compute and return; default the widest of the factors and the table.
 
         Returns:
             `[*batch, H or 1, N, M]`, differentiable.
         """
-        dtype = dtype or torch.promote_types(self.phi_q.dtype, self.phi_k.dtype)
+        held = [self.phi_q, self.phi_k] if self.table is None else [self.phi_q, self.phi_k, self.table]
+        dtype = dtype or reduce(torch.promote_types, (x.dtype for x in held))
         clean = self.without_ranks()
         with without_autocast(self.device):
             out = clean.phi_q.to(dtype) @ clean.phi_k.to(dtype).mT
