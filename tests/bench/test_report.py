@@ -57,6 +57,15 @@ def test_rows_survive_a_round_trip(tmp_path):
     assert path.read_text().splitlines()[0] == ",".join(COLUMNS)
 
 
+@pytest.mark.parametrize("cut", [1, 4, 30])
+def test_a_last_row_that_was_cut_short_is_left_out(tmp_path, cut):
+    """Also where all of its columns have begun: `error: over` is no verdict."""
+    path = tmp_path / "x.csv"
+    write_rows(path, [*ROWS[:1], Row("a", "fwd", "b", "c", status="error: over the time limit of 3 s")])
+    path.write_text(path.read_text()[:-cut])
+    assert read_rows(path) == ROWS[:1]
+
+
 def test_a_foreign_csv_is_refused(tmp_path):
     path = tmp_path / "x.csv"
     path.write_text("case,ms\nfull-64,1\n")

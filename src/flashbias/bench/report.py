@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -73,8 +74,8 @@ def read_rows(path: Path) -> list[Row]:
         ValueError: it is no text, or the columns are not those of a benchmark.
     """
     try:
-        with path.open(newline="") as file:
-            lines = list(csv.reader(file))
+        text = path.read_text(encoding="utf-8")
+        lines = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1])))
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} is no CSV: {error}") from None
     if not lines or tuple(lines[0]) != COLUMNS:

@@ -210,6 +210,14 @@ def test_a_kind_stands_for_the_constants(machine: Machine, monkeypatch: pytest.M
         machine.start(_toy_kernel, (1,), *arguments, kind=("count", 1), COUNT=3, NAME="a")
 
 
+def test_keys_do_not_fill_the_memory(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_toy_kernel, "device_caches", defaultdict(_toy_kernel.create_binder))
+    monkeypatch.setattr(launcher, "MOST_KEYS", 5)
+    for length in [*range(12), 11]:
+        machine.start(_toy_kernel, (1,), None, None, length, 4, 0.5, None, kind=length, COUNT=1, NAME="a")
+    assert 0 < len(launcher._compiled) <= 5 and machine.found == 1
+
+
 def test_what_is_no_kernel_of_triton_is_called() -> None:
     class Interpreted:
         def __getitem__(self, grid: tuple[int, ...]) -> Any:

@@ -26,6 +26,9 @@ ALIGNMENT = 16
 INT32 = 2**31
 """Whole numbers from here on are passed in 64 bits."""
 
+MOST_KEYS = 4096
+"""Keys that are kept: a kind may name lengths, and lengths may be new in every call."""
+
 _compiled: dict[Hashable, CompiledKernel] = {}
 _parameters: dict[int, _Parameters] = {}
 
@@ -72,6 +75,8 @@ def start(kernel: Any, grid: tuple[int, ...], *arguments: Any, kind: Hashable = 
         return
     made = kernel[grid](*arguments, **named)
     if isinstance(made, CompiledKernel):
+        if len(_compiled) >= MOST_KEYS:
+            _compiled.clear()
         _compiled[key] = made
 
 
