@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from typing import Any, ClassVar, Self
 import torch
 from benchmarks.record import Row, read, say, store, write
 
-from flashbias.bench.measure import measure
+from flashbias.bench.measure import let_go, measure
 
 __all__ = ["Record", "failure", "joined", "merge"]
 
@@ -87,7 +86,7 @@ class Record:
         except Exception as error:
             self.add(part, **{**values, "status": failure(error)})
         self.write()
-        gc.collect()
+        let_go()
         self._free()
 
     def time(self, row: Row, call: Callable[[], object], seconds: float) -> None:

@@ -1,9 +1,11 @@
+import gc
 import time
+import weakref
 
 import pytest
 import torch
 
-from flashbias.bench.measure import _quantile, measure
+from flashbias.bench.measure import _quantile, let_go, measure
 
 CPU = torch.device("cpu")
 
@@ -19,6 +21,24 @@ def test_budget_and_minimum_decide_the_repetitions():
     assert measure(lambda: calls.append(time.sleep(0.002)), CPU, budget_s=1e-9, min_repetitions=7).repetitions == 7
     assert len(calls) == 8  # and one to estimate
     assert measure(lambda: time.sleep(0.001), CPU, budget_s=0.5, min_repetitions=1).repetitions > 7
+
+
+def test_what_only_cycles_hold_is_let_go():
+    class Node:
+        def __init__(self):
+            self.me = self
+
+    first, second = Node(), Node()
+    gone, kept = weakref.ref(first), weakref.ref(second)
+    del first
+    let_go()
+    assert gone() is None and kept() is second
+    del second
+    let_go()
+    assert kept() is not None  # it was there the last time, and is not looked at
+    gc.unfreeze()
+    let_go()
+    assert kept() is None
 
 
 def test_quantiles_interpolate():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from benchmarks.record import Row
 from torch import Tensor
 
 import flashbias as fb
-from flashbias.bench.measure import measure
+from flashbias.bench.measure import let_go, measure
 
 __all__ = ["Sizes", "speed"]
 
@@ -252,7 +251,7 @@ def _record(evidence: Evidence, about: dict[str, Any], row: Callable[[], dict[st
         found = {"status": failure(error)}
     evidence.add(**about, **found)
     if evidence.device.type == "cuda":
-        gc.collect()
+        let_go()
         torch.cuda.empty_cache()
 
 

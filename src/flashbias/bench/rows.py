@@ -16,7 +16,7 @@ import torch
 
 from flashbias.bench.agreement import TOLERANCE, Reference, max_rel_error
 from flashbias.bench.cases import Case, Inputs
-from flashbias.bench.measure import MIB, measure
+from flashbias.bench.measure import MIB, let_go, measure
 from flashbias.bench.peers import Unsupported
 from flashbias.bench.providers import Provider
 from flashbias.bench.report import Row
@@ -100,6 +100,7 @@ class RowTimer:
         row = self._guarded(self._measure, job, limit_s)
         if row.status == "oom" and len(self._kept) > 1 and not self.lost:
             self.close()  # what other cases have kept may have been in the way
+            gc.collect()
             row = self._guarded(self._measure, job, ends - time.monotonic())
         return row
 
@@ -111,11 +112,15 @@ class RowTimer:
             limit_s: how long it may take.
         """
         if (job.case, job.dtype) not in self._kept:
-            self.close()  # many processes share the device now
+            self._forget()  # many processes share the device now
         return self._guarded(self._compile, job, limit_s)
 
     def close(self) -> None:
-        """Let go of inputs and references."""
+        """Let go of inputs and references, and of what earlier rows may have left in cycles."""
+        gc.unfreeze()
+        self._forget()
+
+    def _forget(self) -> None:
         self._kept.clear()
         if self.device.type == "cuda" and not self.lost:
             torch.cuda.empty_cache()
@@ -197,7 +202,7 @@ class RowTimer:
         """Free what the provider held; find out whether the device still answers."""
         if "torch._dynamo" in sys.modules:
             torch._dynamo.reset()
-        gc.collect()
+        let_go()
         if self.device.type != "cuda":
             return
         try:
