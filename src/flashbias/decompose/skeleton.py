@@ -210,9 +210,8 @@ class Skeleton:
             left, sigma, right = _largest_singular(
                 entries.double() - mean[:, None], self.rank_cap, self.symmetric, generator
             )
-            if (
-                gauge
-            ):  # of a row's constant, rounding leaves something in small vectors, which is divided by their values
+            if gauge:
+                # Rounding leaves something of a row's constant in small vectors, which is divided by their values.
                 right = right - right.mean(0)
             largest = float(sigma[0] + mean.norm() * len(columns) ** 0.5)
             kept = int((sigma > torch.finfo(entries.dtype).eps * largest).sum())  # what is less is rounding

@@ -43,8 +43,8 @@ class Made(CompiledKernel):
 
     def __init__(self, name: str, launches: list[Launch]) -> None:
         self.name, self.launches = name, launches
-        self.module = self.function = self.packed_metadata = None  # nothing is loaded
-        self.module = self
+        self.function = self.packed_metadata = None
+        self.module = self  # so nothing is loaded
 
     def launch_metadata(self, grid: Any, stream: int, *values: Any) -> None:
         return None

@@ -82,7 +82,7 @@ def start(kernel: Any, grid: tuple[int, ...], *arguments: Any, kind: Hashable = 
 
 def _kind(parameters: _Parameters, values: list[Any], named: dict[str, Any]) -> Hashable:
     """Constants and options themselves."""
-    options = named.keys() - set(parameters.names)
+    options = named.keys() - parameters.names
     return frozenset([(name, named[name]) for name in options]), *[values[place] for place in parameters.constants]
 
 
