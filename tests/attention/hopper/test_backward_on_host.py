@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,8 +18,11 @@ if INTERPRETED:
 
 from tests.attention.hopper.on_host import Box, Device, Launched, on_host
 
+from flashbias.attention import packing
 from flashbias.attention.hopper import backward, fused, slabs, tiles, wide
+from flashbias.attention.hopper import scores as kernel_scores
 from flashbias.attention.hopper.configs import SLAB, BackwardConfig
+from flashbias.attention.hopper.operands import Centring, Summable
 from flashbias.attention.layout import Sharing, cdiv
 
 COLUMNS = 16
@@ -44,6 +47,8 @@ class Problem:
     right: int = -1
     learns: bool = True
     programs: int = 2
+    shift: int = 0
+    centred: bool = False  # tile by tile
 
     def __str__(self) -> str:
         return self.name
@@ -72,6 +77,12 @@ PROBLEMS = [
     Problem("wide", WIDE, 130, 200, width=32, width_v=16),
     Problem("wide, causal, grouped", WIDE, 90, 400, width=32, width_v=32, heads=2, kv_heads=1, right=0),
     Problem("wide, frozen", WIDE, 200, 130, width=32, learns=False, rank=0),
+    Problem("centres", narrow(), 130, 300, centred=True, shift=170),
+    Problem("centres, three warpgroups", narrow(3), 200, 450, rank=7, batch=2, centred=True, shift=250),
+    Problem("centres, frozen", narrow(3), 150, 150, rank=8, learns=False, centred=True),
+    Problem("centres, causal, shared", narrow(stages=1), 300, 300, right=0, batch=2, shares=True, centred=True),
+    Problem("centres, grouped heads", narrow(), 200, 200, heads=4, learns=False, centred=True),
+    Problem("centres, wide", WIDE, 330, 330, width=32, width_v=16, right=0, centred=True),
 ]
 
 
@@ -96,7 +107,7 @@ def expected(
     x = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
     repeated = {name: x[name].repeat_interleave(problem.heads // problem.kv_heads, 1) for name in ("k", "v", "phi_k")}
     scores = scale * x["q"] @ repeated["k"].mT + x["phi_q"] @ repeated["phi_k"].mT
-    gap = torch.arange(problem.m) - torch.arange(problem.n)[:, None]
+    gap = torch.arange(problem.m) - torch.arange(problem.n)[:, None] - problem.shift
     keep = torch.ones(problem.n, problem.m, dtype=torch.bool)
     keep = keep & (gap <= problem.right) if problem.right >= 0 else keep
     keep = keep & (gap >= -problem.left) if problem.left >= 0 else keep
@@ -110,6 +121,17 @@ def expected(
         lse[..., 0].detach(),
         (out * dout).sum(-1).detach(),
     )
+
+
+def centred(problem: Problem, phi_q: Tensor, phi_k: Tensor, lse: Tensor) -> tuple[Centring, Tensor]:
+    """Centres by tile, and the log-sum-exp of scores measured from those opposite to the queries."""
+    tiles, opposite = (torch.arange(0, n, packing.CENTRE_TILE) for n in (problem.m, problem.n))
+    starts = torch.cat([tiles, opposite + problem.m - problem.n])
+    centring = Centring(phi_q, packing.centre_of(phi_k, starts, packing.CENTRE_TILE), len(tiles))
+    group, members = problem.heads // problem.kv_heads, problem.batch if problem.shares else 1
+    references = centring.references(problem.n).repeat_interleave(group, 0).repeat(members, 1, 1)
+    constant = (phi_q.repeat(members, 1, 1) * references).sum(-1)
+    return centring, lse - constant.view(lse.shape)
 
 
 def slab_order(columns: int) -> Tensor:
@@ -138,20 +160,29 @@ def computed(problem: Problem, leaves: dict[str, Tensor], scale: float, dout: Te
     x = {name: leaf.float() for name, leaf in leaves.items()}
     b, h, hk = problem.batch, problem.heads, problem.kv_heads
     group = h // hk
-    factors = None
+    factors, centring = None, Centring(None, None)
     if problem.rank:
         pad = (0, COLUMNS - problem.rank)
-        packed = [torch.nn.functional.pad(phi, pad) for phi in (x["phi_q"] / scale, x["phi_k"])]
-        factors = SimpleNamespace(phi_q=packed[0].flatten(0, 1), phi_k=packed[1].flatten(0, 1))
+        raw_q, raw_k = x["phi_q"].flatten(0, 1), x["phi_k"].flatten(0, 1)
+        packed_q, packed_k = raw_q / scale, raw_k
+        if problem.centred:
+            centring, lse = centred(problem, raw_q, raw_k, lse)
+            assert centring.centres is not None
+            own = centring.centres[:, : centring.tiles].repeat_interleave(packing.CENTRE_TILE, 1)
+            packed_k = raw_k - own[:, : problem.m]
+        factors = SimpleNamespace(
+            phi_q=torch.nn.functional.pad(packed_q, pad), phi_k=torch.nn.functional.pad(packed_k, pad), raw_k=raw_k
+        )
     # A factor for each head, of each batch element or of all; that of keys for each head of keys.
     own, members = (1, b) if problem.shares else (b, 1)
     sharing_q, sharing_k = Sharing(1, members, own * h, 1), Sharing(1, members, own * hk, group)
     ops: Any = SimpleNamespace(
         q=x["q"], k=x["k"], v=x["v"], factors=factors, batch=b, num_heads=h, group=group, seqlen_q=problem.n,
         seqlen_k=problem.m, head_dim=problem.width, head_dim_v=problem.width_v, block_d=problem.width,
-        block_dv=problem.width_v, columns=COLUMNS if factors else 0, rank=problem.rank, shift=0,
+        block_dv=problem.width_v, columns=COLUMNS if factors else 0, rank=problem.rank, shift=problem.shift,
         window_left=problem.left, window_right=problem.right, scale=scale, sharing_q=sharing_q, sharing_k=sharing_k,
-        shape=None, flat=lambda t: t,
+        shape=None, flat=lambda t: t, centring=centring, is_tile_centred=problem.centred,
+        summable=Summable.of(factors.raw_k, torch.float32) if factors and problem.centred and problem.learns else None,
     )  # fmt: skip
     rows = cdiv(problem.n, SLAB) * SLAB
     lse2 = torch.full((b * h, rows), math.inf)
@@ -162,7 +193,8 @@ def computed(problem: Problem, leaves: dict[str, Tensor], scale: float, dout: Te
     needs = (True, True, True, problem.learns and problem.rank > 0, problem.learns and problem.rank > 0, False)
 
     device = Device(seed)
-    with on_host(device, (fused, wide, tiles)) as patch:
+    config = replace(problem.config, is_centred=problem.centred)
+    with on_host(device, (fused, wide, tiles, kernel_scores)) as patch:
         patch.setattr(backward, "multiprocessors", lambda _: problem.programs)
         patch.setattr(backward.portable, "rows_of", lambda *_: (lse2, deltas))
         patch.setattr(backward, "descriptor", lambda t, r, c: Box(t, r, c))
@@ -175,7 +207,7 @@ def computed(problem: Problem, leaves: dict[str, Tensor], scale: float, dout: Te
         patch.setattr(backward, "_bwd_kernel", Launched(fused._bwd_kernel, device))
         patch.setattr(backward, "_bwd_wide_kernel", Launched(wide._bwd_wide_kernel, device))
         dummy = torch.empty(0)
-        backward.launch_as(problem.config, ops, grads, dout.float(), None, dummy, dummy, needs)
+        backward.launch_as(config, ops, grads, dout.float(), None, dummy, dummy, needs)
     return grads
 
 

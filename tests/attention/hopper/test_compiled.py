@@ -107,6 +107,15 @@ SHAPES = [
     Shape("40-plain-float16", head_dim=40, rank=0, dtype=torch.float16),
     Shape("128", head_dim=128),
     Shape("128-v-64-causal-frozen", head_dim=128, head_dim_v=64, rank=2, window=(None, 0), frozen=True),
+    Shape("16-centres", head_dim=16, rank=5, n=40_000, factor_dtype=torch.float32),
+    Shape("16-centres-frozen", head_dim=16, rank=8, n=40_000, factor_dtype=torch.float32, frozen=True),
+    Shape("32-centres", head_dim=32, rank=5, n=40_000, factor_dtype=torch.float32),
+    Shape("64-centres-causal", head_dim=64, rank=1, n=131_072, factor_dtype=torch.float32, window=(None, 0)),
+    Shape("64-centres", head_dim=64, rank=7, n=132_871, factor_dtype=torch.float32),
+    Shape("128-centres-causal", head_dim=128, rank=2, n=131_072, factor_dtype=torch.float32, window=(None, 0)),
+    Shape("128-centres-frozen", head_dim=128, rank=8, n=40_000, factor_dtype=torch.float32, frozen=True),
+    Shape("128-centres-float16", head_dim=128, rank=8, n=40_000, factor_dtype=torch.float32, dtype=torch.float16,
+          frozen=True),
 ]
 
 FORWARD_ONLY = [
@@ -115,12 +124,6 @@ FORWARD_ONLY = [
     Shape("64-table-causal", head_dim=64, rank=0, n=1024, table=257, window=(None, 0)),
     Shape("128-table-codes-factors", head_dim=128, rank=4, n=500, table=99, codes=True),
     Shape("64-mask-of-keys", head_dim=64, n=512, mask=(1, 1, 1, 512)),
-    Shape("16-centres", head_dim=16, rank=5, n=40_000, factor_dtype=torch.float32),
-    Shape("32-centres", head_dim=32, rank=5, n=40_000, factor_dtype=torch.float32),
-    Shape("64-centres-causal", head_dim=64, rank=1, n=131_072, factor_dtype=torch.float32, window=(None, 0)),
-    Shape("64-centres", head_dim=64, rank=8, n=132_871, factor_dtype=torch.float32),
-    Shape("128-centres-causal", head_dim=128, rank=2, n=131_072, factor_dtype=torch.float32, window=(None, 0)),
-    Shape("128-centres-float16", head_dim=128, rank=8, n=40_000, factor_dtype=torch.float32, dtype=torch.float16),
     Shape("256", head_dim=256, n=1000),
     Shape("256-causal", head_dim=256, n=1024, window=(None, 0)),
     Shape("256-plain", head_dim=256, n=1000, rank=0),
@@ -152,12 +155,14 @@ SPILLS = {
     "16-rank-32": {"12.9": (0, 0), "13.1": (0, 12)},
     "32-rank-32": {"12.9": (0, 16), "13.1": (0, 32)},
     "128-v-64-causal-frozen": {"12.9": (28, 64), "13.1": (28, 300)},
-    "16-centres": {"12.9": (28, 0), "13.1": (188, 0)},
-    "32-centres": {"12.9": (56, 0), "13.1": (292, 0)},
-    "64-centres-causal": {"12.9": (268, 0), "13.1": (864, 0)},
-    "64-centres": {"12.9": (428, 0), "13.1": (1012, 0)},
-    "128-centres-causal": {"12.9": (100, 0), "13.1": (132, 0)},
-    "128-centres-float16": {"12.9": (48, 0), "13.1": (172, 0)},
+    "16-centres": {"12.9": (28, 288), "13.1": (188, 520)},
+    "16-centres-frozen": {"12.9": (0, 264), "13.1": (428, 340)},
+    "32-centres": {"12.9": (56, 108), "13.1": (292, 236)},
+    "64-centres-causal": {"12.9": (268, 60), "13.1": (864, 384)},
+    "64-centres": {"12.9": (364, 132), "13.1": (892, 228)},
+    "128-centres-causal": {"12.9": (100, 648), "13.1": (132, 1252)},
+    "128-centres-frozen": {"12.9": (48, 284), "13.1": (172, 512)},
+    "128-centres-float16": {"12.9": (48, 284), "13.1": (172, 512)},
     "64-packed": {"12.9": (0, 0), "13.1": (224, 0)},
     "64-packed-causal": {"12.9": (124, 0), "13.1": (528, 0)},
     "64-packed-window-plain": {"12.9": (192, 0), "13.1": (996, 0)},
@@ -172,7 +177,8 @@ SPILLS = {
 """Bytes of all instructions that spill, (forward, backward), by the release of ptxas; the rest spills nothing.
 
 Heads of 128 fill the registers with sums by design. Where a band or the factors' gradients add to the walk's own
-numbers, some of those are spilled too, more by ptxas 13.1.
+numbers, some of those are spilled too, more by ptxas 13.1. Beside centres by tile the backward's loading warp, which has
+24 registers, spills most: it is ahead of the others, and waits for them.
 """
 
 

@@ -606,6 +606,28 @@ class TestCentresByTile:
         far.assert_rows_close(out, q, k, v, bias, rows, causal=False)
         self.assert_lse_close(lse, q, k, bias, rows, is_causal=False)
 
+    @pytest.mark.parametrize("head_dim", [16, 32, 64, 128])
+    @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+    def test_gradients_beside_many_keys(self, head_dim: int, is_causal: bool) -> None:
+        """As the portable kernels make them, beside positions that reach 40,000."""
+        n = 40_000
+        torch.manual_seed(0)
+        leaves = [torch.randn(1, 2, n, head_dim, device=DEVICE).bfloat16().requires_grad_() for _ in range(3)]
+        alibi = far.alibi(n, [0.5, 0.002])
+        leaves += [x.detach().clone().requires_grad_() for x in (alibi.phi_q, alibi.phi_k)]
+        dout = torch.randn(1, 2, n, head_dim, device=DEVICE).bfloat16()
+
+        def gradients(impl: str) -> tuple[torch.Tensor, ...]:
+            bias = fb.FactoredBias(*leaves[3:])
+            out = fb.attention(*leaves[:3], bias, is_causal=is_causal, impl=impl)
+            assert isinstance(out, torch.Tensor)
+            return torch.autograd.grad(out, leaves, dout)
+
+        names = ("query", "key", "value", "phi_q", "phi_k")
+        for name, found, right in zip(names, gradients("hopper"), gradients("triton"), strict=True):
+            error = (found.double() - right.double()).norm() / right.double().norm()
+            assert error <= 1e-2, f"{name}: {error}"
+
     @staticmethod
     def assert_lse_close(
         lse: torch.Tensor,

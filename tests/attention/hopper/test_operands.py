@@ -144,7 +144,7 @@ class TestCentring:
         )  # fmt: skip
         ops = HopperOperands.of(*registration.operands(call))
         assert ops.shape.centred_rank == 3
-        assert ops.has_portable_gradients
+        assert not ops.has_portable_gradients
         stride_f, stride_n, stride_r, stride_c, references = ops.centring.sizes
         assert ops.centring.phi_q is not None
         assert ops.centring.centres is not None

@@ -69,10 +69,17 @@ def chosen(ops: HopperOperands, needs_grad: tuple[bool, ...]) -> BackwardConfig 
         return None
     if window.fits(ops, needs_grad) or apart or (needs_phi and ops.q.dtype == torch.float16):
         return None
+    if needs_phi and ops.is_tile_centred and not is_summable(ops):
+        return None
     block_g = columns_of(ops.rank) if needs_phi and not are_summed_apart(ops) else 0
     if is_slower(ops, block_g):
         return None
-    return backward_config(ops.block_d, ops.block_dv, ops.columns, block_g)
+    return backward_config(ops.block_d, ops.block_dv, ops.columns, block_g, ops.is_tile_centred)
+
+
+def is_summable(ops: HopperOperands) -> bool:
+    """Whether dphi_q can be summed from one centre: its columns fit, and heads that share phi_q share phi_k."""
+    return 2 * ops.rank < NARROWEST and (ops.sharing_k.groups == 1 or ops.sharing_q == ops.sharing_k)
 
 
 def are_summed_apart(ops: HopperOperands) -> bool:
@@ -125,6 +132,9 @@ def launch_as(
     k, v = descriptor(ops.k, ROWS, ops.block_d), descriptor(ops.v, ROWS, ops.block_dv)
     pq = q if factors is None else descriptor(factors.phi_q, SLAB, ops.columns)
     pk = k if factors is None else descriptor(factors.phi_k, ROWS, ops.columns)
+    # From centres by tile dphi_q is summed in columns of their own.
+    summable = ops.summable if dpq is not None and ops.is_tile_centred else None
+    sum_box = pk if summable is None else descriptor(summable.columns, ROWS, block_g)
     dq_box = slabs.box_of(dq)
     dpq_box = dq_box if dpq is None else slabs.box_of(dpq)
     dpk_box = dq_box if dpk is None else descriptor(dpk, ROWS, block_g)
@@ -137,17 +147,18 @@ def launch_as(
         }  # fmt: skip
         kernel = _bwd_kernel
     start(
-        kernel, (schedule.programs,), q, k, v, do, pq, pk, lse2, delta, dq_box, descriptor(dk, ROWS, ops.block_d),
-        descriptor(dv, ROWS, ops.block_dv), dpq_box, dpk_box,
+        kernel, (schedule.programs,), q, k, v, do, pq, pk, sum_box, lse2, delta, *ops.centring.given(lse2), dq_box,
+        descriptor(dk, ROWS, ops.block_d), descriptor(dv, ROWS, ops.block_dv), dpq_box, dpk_box,
         schedule.units, pairs, schedule.heads, blocks, ops.num_heads, ops.group, dq.shape[1], lse2.shape[-1],
         ops.seqlen_q, ops.seqlen_k, ops.shift, ops.window_left, ops.window_right, ops.scale, *ops.sharing_q.sizes,
-        *ops.sharing_k.sizes,
+        *ops.sharing_k.sizes, *ops.centring.sizes,
         HAS_LEFT=ops.window_left >= 0,
         HAS_RIGHT=ops.window_right >= 0,
         HAS_TAIL=ops.seqlen_k % (ROWS * config.consumers if config.is_wide else ROWS) != 0,
         HAS_PHI=factors is not None,
         SUM_DPQ=dpq is not None,
         SUM_DPK=dpk is not None,
+        RANK=ops.rank if config.is_centred else 0,
         STAGES=config.stages,
         BLOCK_D=ops.block_d,
         BLOCK_DV=ops.block_dv,
@@ -156,8 +167,9 @@ def launch_as(
         CONSUMERS=config.consumers,
         ALTERNATES=schedule.alternates,
         REGISTERS=config.registers,
+        PRODUCER_REGISTERS=config.producer_registers,
         q_layout=matrix(q), k_layout=matrix(k), v_layout=matrix(v), do_layout=matrix(do), pq_layout=matrix(pq),
-        pk_layout=matrix(pk), ds_layout=layout_of((ROWS, SLAB), ops.q.dtype),
+        pk_layout=matrix(pk), sum_layout=matrix(sum_box), ds_layout=layout_of((ROWS, SLAB), ops.q.dtype),
         dq_layout=slabs.order_of(dq_columns),
         dpq_layout=slabs.order_of(block_g), dpk_layout=matrix(dpk_box),
         kind=(config, ops.shape, ops.q.dtype, schedule.alternates, block_g, dpq is None, dpk is None),
@@ -172,7 +184,11 @@ def launch_as(
             ops.flat(grad).copy_(made)
     if apart and factors is not None and (need_phi_q or need_phi_k):
         shared.launch(ops, (factors.phi_q, factors.phi_k), (sum_q, sum_k), dout, lse2, delta)
-    if dpq is not None:
+    if summable is not None and dpq is not None:
+        sums = dpq.new_empty(1, dpq.shape[0], ops.seqlen_q, block_g)
+        slabs.unfold(dpq, sums, 1.0)
+        grads[3].view(sums.shape[1], -1, rank).copy_(summable.gradient(sums[0], ops.centring.references(ops.seqlen_q)))
+    elif dpq is not None:
         slabs.unfold(dpq, grads[3].view(1, dpq.shape[0], -1, rank), 1.0)
     for grad, sums in ((grads[3], sum_q), (grads[4], sum_k)):
         if sums is not None:

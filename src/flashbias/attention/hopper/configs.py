@@ -180,6 +180,7 @@ class BackwardConfig:
         kv_stages: tiles whose keys are.
         is_wide: whether heads are too wide for a warpgroup that makes dq.
         holds_phi: whether factors of the keys are held in registers too.
+        is_centred: whether phi_k is centred tile by tile: the loading warp then makes the offsets of a tile of keys.
     """
 
     consumers: int
@@ -187,11 +188,17 @@ class BackwardConfig:
     kv_stages: int
     is_wide: bool
     holds_phi: bool = False
+    is_centred: bool = False
 
     @property
     def registers(self) -> int:
-        """Registers of a thread that computes; the loading warp has 24."""
+        """Registers of a thread that computes."""
         return 240 if self.is_wide else {2: 208, 3: 128}[self.consumers]
+
+    @property
+    def producer_registers(self) -> int:
+        """Registers of a thread of the loading warp."""
+        return 24
 
     @property
     def sum_registers(self) -> int:
@@ -208,7 +215,9 @@ class BackwardConfig:
         return block_d // self.consumers if self.is_wide else block_d
 
 
-def backward_config(block_d: int, block_dv: int, block_r: int, block_g: int) -> BackwardConfig | None:
+def backward_config(
+    block_d: int, block_dv: int, block_r: int, block_g: int, is_centred: bool = False
+) -> BackwardConfig | None:
     """Pick the tile shape of the fused backward pass; None where there is none.
 
     Nothing may fit into shared memory; and beside wide values half of the columns of narrow queries would begin in the
@@ -219,6 +228,7 @@ def backward_config(block_d: int, block_dv: int, block_r: int, block_g: int) -> 
         block_dv: width of values as held.
         block_r: packed columns of the factors, 0 without.
         block_g: columns of the factors' gradients, 0 where none is needed.
+        is_centred: whether phi_k is centred tile by tile.
     """
     width = max(block_d, block_dv)
     is_wide = width > ROWS
@@ -231,6 +241,7 @@ def backward_config(block_d: int, block_dv: int, block_r: int, block_g: int) -> 
         kv_stages=1 if is_wide else 2,
         is_wide=is_wide,
         holds_phi=NARROWEST < width <= 32 and 0 < block_r <= HELD,
+        is_centred=is_centred,
     )
     while backward_bytes(config, block_d, block_dv, block_r, block_g) > SHARED_MEMORY:
         if config.stages > 2:
@@ -253,5 +264,9 @@ def backward_bytes(config: BackwardConfig, block_d: int, block_dv: int, block_r:
     halves = block_n * width * config.kv_stages + config.stages * SLAB * width + 2 * block_n * SLAB
     if not config.is_wide:
         halves += block_n * (block_d + block_dv)
-    singles = SLAB * (2 * config.dq_columns(block_d) + block_g) + block_n * block_g + 2 * config.stages * SLAB
+    rows = 2  # log-sum-exp and delta
+    if config.is_centred:
+        halves += block_n * block_g * config.kv_stages
+        rows += config.consumers % 2
+    singles = SLAB * (2 * config.dq_columns(block_d) + block_g) + block_n * block_g + rows * config.stages * SLAB
     return 2 * halves + 4 * singles + BARRIERS

@@ -31,6 +31,7 @@ from flashbias.attention.hopper.gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from flashbias.attention.hopper.scores import CENTRE_TILE, centring_of, tile_offset
 from flashbias.attention.hopper.slabs import LINE as _LINE
 from flashbias.attention.hopper.tiles import ROWS, SLAB, exp2, own_index, place_of, query_tiles, turns_of, unit_of
 from flashbias.attention.triton.scores import LOG2E
@@ -57,15 +58,18 @@ def turned_tile(first, n, count, turned):
 
 @jit
 def produce(
-    q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, lse_ptr, delta_ptr, q_smem, k_smem, v_smem, do_smem, pq_smem,
-    pk_smem, lse_smem, delta_smem, kv_full, kv_empty, q_full, q_empty, units, pairs, heads, num_blocks, num_heads,
-    group, stride_rows, seqlen_q, shift, left, right, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT: gl.constexpr,
-    HAS_RIGHT: gl.constexpr, HAS_PHI: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
-    BLOCK_R: gl.constexpr, CONSUMERS: gl.constexpr, KV_STAGES: gl.constexpr, ALTERNATES: gl.constexpr,
+    q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, sum_desc, lse_ptr, delta_ptr, centring, q_smem, k_smem, v_smem,
+    do_smem, pq_smem, pk_smem, sum_smem, lse_smem, delta_smem, kv_full, kv_empty, q_full, q_empty, units, pairs, heads,
+    num_blocks, num_heads, group, stride_rows, seqlen_q, shift, left, right, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr, RANK: gl.constexpr,
+    CENTRES: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr,
+    BLOCK_G: gl.constexpr, CONSUMERS: gl.constexpr, KV_STAGES: gl.constexpr, ALTERNATES: gl.constexpr,
 ):  # fmt: skip
     """The loading warp: keys and values of every tile, and the queries that see them."""
     BLOCK_N: gl.constexpr = ROWS * CONSUMERS
+    HAS_SUM: gl.constexpr = SUM_DPQ and RANK > 0
     width: gl.constexpr = BLOCK_D + BLOCK_DV + (BLOCK_R if HAS_PHI else 0)
+    key_width: gl.constexpr = width + (BLOCK_G if HAS_SUM else 0)
     per_lane: gl.constexpr = gl.BlockedLayout([SLAB // 32], [32], [1], [0])
     offs_m = gl.arange(0, SLAB, per_lane)
     step = 0
@@ -78,7 +82,7 @@ def produce(
         slot = turn % KV_STAGES
         mbarrier.wait(kv_empty.index(slot), ((turn // KV_STAGES) & 1) ^ 1)
         full = kv_full.index(slot)
-        mbarrier.expect(full, 2 * BLOCK_N * width)
+        mbarrier.expect(full, 2 * BLOCK_N * key_width)
         f_k = own_index(b * num_heads + hk * group, pk_s1, pk_v2, pk_s2)
         for w in gl.static_range(CONSUMERS):
             place = slot * CONSUMERS + w
@@ -86,6 +90,8 @@ def produce(
             load(v_desc, [b, hk, start_n + w * ROWS, 0], full, v_smem.index(place))
             if HAS_PHI:
                 load(pk_desc, [f_k, start_n + w * ROWS, 0], full, pk_smem.index(place))
+            if HAS_SUM:
+                load(sum_desc, [f_k, start_n + w * ROWS, 0], full, sum_smem.index(place))
         for g in range(group):
             h = hk * group + g
             bh = b * num_heads + h
@@ -97,6 +103,14 @@ def produce(
                 rows = bh.to(gl.int64) * stride_rows + start_m
                 lse = gl.load(lse_ptr + rows + offs_m)
                 delta = gl.load(delta_ptr + rows + offs_m)
+                own = lse
+                after = lse
+                if RANK > 0:
+                    # Scores are measured from the centre of their keys, the sum from that opposite to the queries.
+                    found = centring_of(centring, bh, start_m, seqlen_q, RANK)
+                    own = lse - tile_offset(found, start_n, RANK, per_lane)
+                    if CENTRES > 1:
+                        after = lse - tile_offset(found, start_n + CENTRE_TILE, RANK, per_lane)
                 mbarrier.wait(q_empty.index(stage), ((step // STAGES) & 1) ^ 1)
                 full = q_full.index(stage)
                 mbarrier.expect(full, 2 * SLAB * width)
@@ -104,7 +118,9 @@ def produce(
                 if HAS_PHI:
                     load(pq_desc, [f_q, start_m, 0], full, pq_smem.index(stage))
                 load(do_desc, [b, h, start_m, 0], full, do_smem.index(stage))
-                lse_smem.index(stage).store(lse)
+                lse_smem.index(stage * CENTRES).store(own)
+                if CENTRES > 1:
+                    lse_smem.index(stage * CENTRES + 1).store(after)
                 delta_smem.index(stage).store(delta)
                 mbarrier.arrive(full)
                 step += 1
@@ -139,12 +155,12 @@ def weights(s, lse_smem, start_m, start_n, seqlen_k, shift, left, right, qk_scal
 
 @jit
 def _walk(
-    w: gl.constexpr, dk, dv, dphi, step, first, count, turned, start_n, k, v, pk, q_smem, do_smem, pq_smem, ds_smem,
-    lse_smem, delta_smem, q_full, q_empty, ds_full, ds_empty, seqlen_k, shift, left, right, qk_scale,
+    w: gl.constexpr, dk, dv, dphi, step, first, count, turned, start_n, centre, k, v, pk, q_smem, do_smem, pq_smem,
+    ds_smem, lse_smem, delta_smem, q_full, q_empty, ds_full, ds_empty, seqlen_k, shift, left, right, qk_scale,
     IS_EDGE: gl.constexpr, HAS_TAIL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
-    HAS_PHI: gl.constexpr, SUM_DPK: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
-    BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr, q_layout: gl.constexpr, do_layout: gl.constexpr,
-    pq_layout: gl.constexpr, CONSUMERS: gl.constexpr,
+    HAS_PHI: gl.constexpr, SUM_DPK: gl.constexpr, CENTRES: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr,
+    BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr, q_layout: gl.constexpr,
+    do_layout: gl.constexpr, pq_layout: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """Walk over `count` tiles of queries from `first`, the one `turned` steps in at first."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SLAB, 16])
@@ -166,7 +182,7 @@ def _walk(
             s = warpgroup_mma(pk, pq.permute((1, 0)), s, is_async=True)
         dp = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s])
-        p = weights(s, lse_smem.index(stage), start_m, start_n, seqlen_k, shift, left, right, qk_scale,
+        p = weights(s, lse_smem.index(stage * CENTRES + centre), start_m, start_n, seqlen_k, shift, left, right, qk_scale,
                      IS_EDGE, HAS_TAIL, HAS_LEFT, HAS_RIGHT)  # fmt: skip
         p16 = gl.convert_layout(p.to(do_smem.dtype), gl.DotOperandLayout(0, dv_layout, 2))
         dv = warpgroup_mma(p16, do, dv, is_async=True)
@@ -208,10 +224,10 @@ def _sit_out(w: gl.constexpr, n, step, ds_smem, q_full, q_empty, ds_full, ds_emp
 
 @jit
 def _sum_over_keys(
-    dq_desc, dpq_desc, k_smem, pk_smem, ds_smem, dq_smem, dpq_smem, kv_full, kv_empty, ds_full, ds_empty, units, pairs,
+    dq_desc, dpq_desc, k_smem, sum_smem, ds_smem, dq_smem, dpq_smem, kv_full, kv_empty, ds_full, ds_empty, units, pairs,
     heads, num_blocks, num_heads, group, slabs, seqlen_q, shift, left, right, pq_s1, pq_v2, pq_s2,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SUM_DPQ: gl.constexpr, BLOCK_D: gl.constexpr,
-    BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr, k_layout: gl.constexpr, pk_layout: gl.constexpr,
+    BLOCK_SUM: gl.constexpr, BLOCK_G: gl.constexpr, k_layout: gl.constexpr, sum_layout: gl.constexpr,
     dq_layout: gl.constexpr, dpq_layout: gl.constexpr, CONSUMERS: gl.constexpr, KV_STAGES: gl.constexpr,
     ALTERNATES: gl.constexpr,
 ):  # fmt: skip
@@ -245,7 +261,7 @@ def _sum_over_keys(
                 if SUM_DPQ:
                     dpq = gl.zeros([SLAB, BLOCK_G], gl.float32, dphi_layout)
                     for c in gl.static_range(CONSUMERS):
-                        pk = pk_smem.index(keys + c)._reinterpret(pk_smem.dtype, [ROWS, BLOCK_R], pk_layout)
+                        pk = sum_smem.index(keys + c)._reinterpret(sum_smem.dtype, [ROWS, BLOCK_SUM], sum_layout)
                         ds = ds_smem.index(half * CONSUMERS + c).permute((1, 0))
                         dpq = warpgroup_mma(ds, pk.slice(0, BLOCK_G, dim=1), dpq, use_acc=c > 0, is_async=True)
                     dq, dpq = warpgroup_mma_wait(0, deps=[dq, dpq])
@@ -274,9 +290,10 @@ def _consume(
     delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty, ds_full, ds_empty, units, pairs, heads,
     num_blocks, num_heads, group, seqlen_q, seqlen_k, shift, left, right, scale, pk_s1, pk_v2, pk_s2,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_TAIL: gl.constexpr, HAS_PHI: gl.constexpr,
-    SUM_DPK: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr,
-    BLOCK_G: gl.constexpr, q_layout: gl.constexpr, k_layout: gl.constexpr, v_layout: gl.constexpr,
-    do_layout: gl.constexpr, pq_layout: gl.constexpr, pk_layout: gl.constexpr, dpk_layout: gl.constexpr,
+    SUM_DPK: gl.constexpr, CENTRES: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
+    BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr, q_layout: gl.constexpr, k_layout: gl.constexpr,
+    v_layout: gl.constexpr, do_layout: gl.constexpr, pq_layout: gl.constexpr, pk_layout: gl.constexpr,
+    dpk_layout: gl.constexpr,
     HOLDS_PHI: gl.constexpr, HAS_IDLE: gl.constexpr, CONSUMERS: gl.constexpr, KV_STAGES: gl.constexpr,
     ALTERNATES: gl.constexpr,
 ):  # fmt: skip
@@ -309,6 +326,9 @@ def _consume(
             pk = pk_smem.index(place)._reinterpret(pk_smem.dtype, [ROWS, BLOCK_R], pk_layout)
             if HOLDS_PHI:
                 pk = pk.load(gl.DotOperandLayout(0, s_layout, 2))
+        centre = 0
+        if CENTRES > 1:
+            centre = (start_n + w * ROWS) // CENTRE_TILE - start_n // CENTRE_TILE
         # Where this warpgroup has no keys, the others go on without it.
         members = group
         if w > 0 and HAS_IDLE:
@@ -327,9 +347,9 @@ def _consume(
                 if part == 1 or (part == 0 and HAS_RIGHT) or (part == 2 and HAS_LEFT):
                     dk, dv, dphi, step = _walk(
                         w, dk, dv, dphi, step, first, count, turn_of(block, num_blocks, count, HAS_LEFT or HAS_RIGHT),
-                        start_n + w * ROWS, k, v, pk, q_smem, do_smem, pq_smem, ds_smem, lse_smem,
+                        start_n + w * ROWS, centre, k, v, pk, q_smem, do_smem, pq_smem, ds_smem, lse_smem,
                         delta_smem, q_full, q_empty, ds_full, ds_empty, seqlen_k, shift, left, right, scale * LOG2E,
-                        part != 1, HAS_TAIL, HAS_LEFT, HAS_RIGHT, HAS_PHI, SUM_DPK, STAGES, BLOCK_D, BLOCK_DV,
+                        part != 1, HAS_TAIL, HAS_LEFT, HAS_RIGHT, HAS_PHI, SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV,
                         BLOCK_R, BLOCK_G, q_layout, do_layout, pq_layout, CONSUMERS,
                     )  # fmt: skip
         if w > 0 and HAS_IDLE:
@@ -356,20 +376,22 @@ def _consume(
 @jit(
     do_not_specialize=[
         "units", "pairs", "heads", "num_blocks", "num_heads", "group", "slabs", "stride_rows", "seqlen_q", "seqlen_k",
-        "shift", "left", "right", "pq_s1", "pq_v2", "pq_s2", "pk_s1", "pk_v2", "pk_s2",
+        "shift", "left", "right", "pq_s1", "pq_v2", "pq_s2", "pk_s1", "pk_v2", "pk_s2", "stride_pf", "stride_pn",
+        "stride_pr", "stride_c", "references",
     ]
 )  # fmt: skip
 def _bwd_kernel(
-    q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, lse_ptr, delta_ptr, dq_desc, dk_desc, dv_desc, dpq_desc,
-    dpk_desc, units, pairs, heads, num_blocks, num_heads, group, slabs, stride_rows, seqlen_q, seqlen_k, shift, left,
-    right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
-    HAS_TAIL: gl.constexpr, HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr, SUM_DPK: gl.constexpr, STAGES: gl.constexpr,
+    q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, sum_desc, lse_ptr, delta_ptr, phi_q_ptr, centre_ptr, dq_desc,
+    dk_desc, dv_desc, dpq_desc, dpk_desc, units, pairs, heads, num_blocks, num_heads, group, slabs, stride_rows,
+    seqlen_q, seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, stride_pf, stride_pn,
+    stride_pr, stride_c, references, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_TAIL: gl.constexpr,
+    HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr, SUM_DPK: gl.constexpr, RANK: gl.constexpr, STAGES: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr,
     HOLDS_PHI: gl.constexpr, HAS_IDLE: gl.constexpr, CONSUMERS: gl.constexpr, KV_STAGES: gl.constexpr,
-    ALTERNATES: gl.constexpr, REGISTERS: gl.constexpr, SUM_REGISTERS: gl.constexpr, q_layout: gl.constexpr,
-    k_layout: gl.constexpr, v_layout: gl.constexpr, do_layout: gl.constexpr, pq_layout: gl.constexpr,
-    pk_layout: gl.constexpr, ds_layout: gl.constexpr, dq_layout: gl.constexpr, dpq_layout: gl.constexpr,
-    dpk_layout: gl.constexpr,
+    ALTERNATES: gl.constexpr, REGISTERS: gl.constexpr, SUM_REGISTERS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr, q_layout: gl.constexpr, k_layout: gl.constexpr, v_layout: gl.constexpr, do_layout: gl.constexpr, pq_layout: gl.constexpr,
+    pk_layout: gl.constexpr, sum_layout: gl.constexpr, ds_layout: gl.constexpr, dq_layout: gl.constexpr,
+    dpq_layout: gl.constexpr, dpk_layout: gl.constexpr,
 ):  # fmt: skip
     """All gradients; a program takes every so-manieth tile of keys of one (batch, head of keys)."""
     KEYS: gl.constexpr = KV_STAGES * CONSUMERS
@@ -384,6 +406,13 @@ def _bwd_kernel(
     if HAS_PHI:
         pq_smem = gl.allocate_shared_memory(pq_desc.dtype, [STAGES, 1, SLAB, BLOCK_R], pq_desc.layout)
         pk_smem = gl.allocate_shared_memory(pk_desc.dtype, [KEYS, 1, ROWS, BLOCK_R], pk_desc.layout)
+    # What dphi_q is the sum of: the factors themselves, or what goes with centres by tile.
+    BLOCK_SUM: gl.constexpr = BLOCK_R if RANK == 0 else BLOCK_G
+    # Two warpgroups have the keys of one centre.
+    CENTRES: gl.constexpr = 2 if RANK > 0 and CONSUMERS % 2 == 1 else 1
+    sum_smem = pk_smem
+    if SUM_DPQ and RANK > 0:
+        sum_smem = gl.allocate_shared_memory(sum_desc.dtype, [KEYS, 1, ROWS, BLOCK_G], sum_desc.layout)
     ds_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * CONSUMERS, ROWS, SLAB], ds_layout)
     dq_smem = gl.allocate_shared_memory(gl.float32, [2, SLAB * BLOCK_D // LINE, LINE], dq_desc.layout)
     dpq_smem = dq_smem
@@ -394,7 +423,7 @@ def _bwd_kernel(
         dpk_smem = gl.allocate_shared_memory(gl.float32, [CONSUMERS, 1, ROWS, BLOCK_G], dpk_desc.layout)
     # A thread reads 16 bytes at a time of what its columns need.
     rows_layout: gl.constexpr = gl.SharedLinearLayout(offset_bases=[[1], [8], [2], [4], [16], [32]])
-    lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, SLAB], rows_layout)
+    lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES * CENTRES, SLAB], rows_layout)
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, SLAB], rows_layout)
     kv_full = gl.allocate_shared_memory(gl.int64, [KV_STAGES, 1], mbarrier.MBarrierLayout())
     kv_empty = gl.allocate_shared_memory(gl.int64, [KV_STAGES, 1], mbarrier.MBarrierLayout())
@@ -412,6 +441,9 @@ def _bwd_kernel(
         mbarrier.init(q_full.index(stage), count=2)
         mbarrier.init(q_empty.index(stage), count=CONSUMERS)
     fence_async_shared()
+    owners_q = (pq_s1, pq_v2, pq_s2)
+    owners_k = (pk_s1, pk_v2, pk_s2)
+    centring = (phi_q_ptr, stride_pf, stride_pn, stride_pr, centre_ptr, stride_c, references, owners_q, owners_k)
     # Partitions take their arguments one by one: in a tuple of its own a constant would become a tensor.
     if CONSUMERS == 2:
         gl.warp_specialize(
@@ -420,29 +452,30 @@ def _bwd_kernel(
                             lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty,
                             ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, seqlen_q, seqlen_k,
                             shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI,
-                            SUM_DPK, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout, v_layout,
-                            do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS, KV_STAGES,
-                            ALTERNATES)),
+                            SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout,
+                            v_layout, do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS,
+                            KV_STAGES, ALTERNATES)),
                 (_consume, (1, dk_desc, dv_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, ds_smem,
                             lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty,
                             ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, seqlen_q, seqlen_k,
                             shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI,
-                            SUM_DPK, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout, v_layout,
-                            do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS, KV_STAGES,
-                            ALTERNATES)),
-                (_sum_over_keys, (dq_desc, dpq_desc, k_smem, pk_smem, ds_smem, dq_smem, dpq_smem, kv_full, kv_empty,
+                            SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout,
+                            v_layout, do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS,
+                            KV_STAGES, ALTERNATES)),
+                (_sum_over_keys, (dq_desc, dpq_desc, k_smem, sum_smem, ds_smem, dq_smem, dpq_smem, kv_full, kv_empty,
                                   ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, slabs, seqlen_q,
                                   shift, left, right, pq_s1, pq_v2, pq_s2, HAS_LEFT, HAS_RIGHT, SUM_DPQ, BLOCK_D,
-                                  BLOCK_R, BLOCK_G, k_layout, pk_layout, dq_layout, dpq_layout, CONSUMERS, KV_STAGES,
-                                  ALTERNATES)),
-                (produce, (q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, lse_ptr, delta_ptr, q_smem, k_smem,
-                           v_smem, do_smem, pq_smem, pk_smem, lse_smem, delta_smem, kv_full, kv_empty, q_full, q_empty,
-                           units, pairs, heads, num_blocks, num_heads, group, stride_rows, seqlen_q, shift, left, right,
-                           pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_PHI, STAGES, BLOCK_D,
-                           BLOCK_DV, BLOCK_R, CONSUMERS, KV_STAGES, ALTERNATES)),
+                                  BLOCK_SUM, BLOCK_G, k_layout, sum_layout, dq_layout, dpq_layout, CONSUMERS,
+                                  KV_STAGES, ALTERNATES)),
+                (produce, (q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, sum_desc, lse_ptr, delta_ptr, centring,
+                           q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, sum_smem, lse_smem, delta_smem, kv_full,
+                           kv_empty, q_full, q_empty, units, pairs, heads, num_blocks, num_heads, group, stride_rows,
+                           seqlen_q, shift, left, right, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT,
+                           HAS_PHI, SUM_DPQ, RANK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, CONSUMERS,
+                           KV_STAGES, ALTERNATES)),
             ],
             [4, 4, 1],
-            [REGISTERS, SUM_REGISTERS, 24],
+            [REGISTERS, SUM_REGISTERS, PRODUCER_REGISTERS],
         )  # fmt: skip
     else:
         gl.warp_specialize(
@@ -451,34 +484,35 @@ def _bwd_kernel(
                             lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty,
                             ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, seqlen_q, seqlen_k,
                             shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI,
-                            SUM_DPK, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout, v_layout,
-                            do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS, KV_STAGES,
-                            ALTERNATES)),
+                            SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout,
+                            v_layout, do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS,
+                            KV_STAGES, ALTERNATES)),
                 (_consume, (1, dk_desc, dv_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, ds_smem,
                             lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty,
                             ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, seqlen_q, seqlen_k,
                             shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI,
-                            SUM_DPK, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout, v_layout,
-                            do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS, KV_STAGES,
-                            ALTERNATES)),
+                            SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout,
+                            v_layout, do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS,
+                            KV_STAGES, ALTERNATES)),
                 (_consume, (2, dk_desc, dv_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, ds_smem,
                             lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty,
                             ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, seqlen_q, seqlen_k,
                             shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI,
-                            SUM_DPK, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout, v_layout,
-                            do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS, KV_STAGES,
-                            ALTERNATES)),
-                (_sum_over_keys, (dq_desc, dpq_desc, k_smem, pk_smem, ds_smem, dq_smem, dpq_smem, kv_full, kv_empty,
+                            SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout,
+                            v_layout, do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS,
+                            KV_STAGES, ALTERNATES)),
+                (_sum_over_keys, (dq_desc, dpq_desc, k_smem, sum_smem, ds_smem, dq_smem, dpq_smem, kv_full, kv_empty,
                                   ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, slabs, seqlen_q,
                                   shift, left, right, pq_s1, pq_v2, pq_s2, HAS_LEFT, HAS_RIGHT, SUM_DPQ, BLOCK_D,
-                                  BLOCK_R, BLOCK_G, k_layout, pk_layout, dq_layout, dpq_layout, CONSUMERS, KV_STAGES,
-                                  ALTERNATES)),
-                (produce, (q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, lse_ptr, delta_ptr, q_smem, k_smem,
-                           v_smem, do_smem, pq_smem, pk_smem, lse_smem, delta_smem, kv_full, kv_empty, q_full, q_empty,
-                           units, pairs, heads, num_blocks, num_heads, group, stride_rows, seqlen_q, shift, left, right,
-                           pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_PHI, STAGES, BLOCK_D,
-                           BLOCK_DV, BLOCK_R, CONSUMERS, KV_STAGES, ALTERNATES)),
+                                  BLOCK_SUM, BLOCK_G, k_layout, sum_layout, dq_layout, dpq_layout, CONSUMERS,
+                                  KV_STAGES, ALTERNATES)),
+                (produce, (q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, sum_desc, lse_ptr, delta_ptr, centring,
+                           q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, sum_smem, lse_smem, delta_smem, kv_full,
+                           kv_empty, q_full, q_empty, units, pairs, heads, num_blocks, num_heads, group, stride_rows,
+                           seqlen_q, shift, left, right, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT,
+                           HAS_PHI, SUM_DPQ, RANK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, CONSUMERS,
+                           KV_STAGES, ALTERNATES)),
             ],
             [4, 4, 4, 1],
-            [REGISTERS, REGISTERS, SUM_REGISTERS, 24],
+            [REGISTERS, REGISTERS, SUM_REGISTERS, PRODUCER_REGISTERS],
         )  # fmt: skip

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from flashbias.attention import packing
-from flashbias.attention.hopper.configs import ready_columns
+from flashbias.attention.hopper.configs import NARROWEST, ready_columns
 from flashbias.attention.hopper.gluon import TensorDescriptor, gl
 from flashbias.attention.hopper.pack import ReadyFactors
 from flashbias.attention.layout import cdiv
@@ -23,6 +24,7 @@ __all__ = [
     "HALF_BYTES",
     "HopperOperands",
     "Shape",
+    "Summable",
     "addressable",
     "described",
     "descriptor",
@@ -99,6 +101,48 @@ class Centring(NamedTuple):
         if self.phi_q is None or self.centres is None:
             return (0,) * 5
         return *self.phi_q.stride(), self.centres.stride(0), self.tiles
+
+    def given(self, nothing: Tensor) -> tuple[Tensor, Tensor]:
+        """phi_q and centres, with a tensor that is never read in place of those that are missing."""
+        return (nothing, nothing) if self.phi_q is None or self.centres is None else (self.phi_q, self.centres)
+
+    def references(self, seqlen_q: int) -> Tensor:
+        """From what the scores of each query are measured, `[F_k, N, R]`."""
+        assert self.centres is not None
+        return self.centres[:, self.tiles :].repeat_interleave(packing.CENTRE_TILE, 1)[:, :seqlen_q]
+
+
+@dataclass(frozen=True)
+class Summable:
+    """phi_k from which dphi_q is summed where scores have centres by tile: measured from one centre of all keys.
+
+    dphi_q is the sum of `ds_ij (phi_k[j] - c_ref(i))`. Column by column the matrix unit sums two parts of
+    `phi_k - centre`, and ones; the sum of the ones times `centre - c_ref(i)` is what is missing.
+
+    Args:
+        columns: `[F_k, M, 16]`: the first part in R columns, the second in the next R, ones in the last.
+        centre: `[F_k, 1, R]`.
+    """
+
+    columns: Tensor
+    centre: Tensor
+
+    @classmethod
+    def of(cls, phi_k: Tensor, dtype: torch.dtype) -> Self:
+        """Take phi_k `[F_k, M, R]` apart, R less than half of the columns."""
+        length, rank = phi_k.shape[-2:]
+        assert 2 * rank < NARROWEST
+        centre = packing.centre_of(phi_k, torch.zeros(1, dtype=torch.int64, device=phi_k.device), length)
+        columns = phi_k.new_zeros((*phi_k.shape[:-1], NARROWEST), dtype=dtype)
+        columns[..., :rank], columns[..., rank : 2 * rank] = packing.split(phi_k - centre, 2, dtype)
+        columns[..., -1] = 1.0
+        return cls(columns, centre)
+
+    def gradient(self, sums: Tensor, references: Tensor) -> Tensor:
+        """dphi_q `[F_q, N, R]` from the sums of the columns and `c_ref(i)`, `[F_k, N, R]`; F_k is 1 or F_q."""
+        rank = self.centre.shape[-1]
+        first, second, total = sums[..., :rank], sums[..., rank : 2 * rank], sums[..., -1:]
+        return first + second + total * (self.centre - references)
 
 
 class HopperOperands(Operands):
@@ -182,11 +226,17 @@ class HopperOperands(Operands):
             self.factors.raw_q, packing.centre_of(self.factors.raw_k, starts, packing.CENTRE_TILE), len(tiles)
         )
 
+    @functools.cached_property
+    def summable(self) -> Summable:
+        """What dphi_q is a sum of beside centres by tile."""
+        assert self.factors is not None
+        return Summable.of(self.factors.raw_k, self.q.dtype)
+
     @property
     def has_portable_gradients(self) -> bool:
         """Whether the fused backward pass lacks something that the forward pass can do."""
         is_wide = max(self.block_d, self.block_dv) > 128
-        return is_wide or self.is_varlen or self.table is not None or self.mask is not None or self.is_tile_centred
+        return is_wide or self.is_varlen or self.table is not None or self.mask is not None
 
     @functools.cached_property
     def columns(self) -> int:

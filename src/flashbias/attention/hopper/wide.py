@@ -48,13 +48,13 @@ def _issue_scores(
 @jit
 def _walk(
     w: gl.constexpr, dk, dv, dphi, step, first, count, turned, f_q, bh, slabs, start_n, k, v, pk, q_smem, k_smem,
-    do_smem, pq_smem, pk_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, q_full, q_empty, ds_full, ds_empty,
+    do_smem, pq_smem, sum_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, q_full, q_empty, ds_full, ds_empty,
     dq_desc, dpq_desc, seqlen_k, shift, left, right, qk_scale, IS_EDGE: gl.constexpr, HAS_TAIL: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr,
     SUM_DPK: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr,
-    BLOCK_G: gl.constexpr, q_layout: gl.constexpr, k_layout: gl.constexpr, do_layout: gl.constexpr,
-    pq_layout: gl.constexpr, pk_layout: gl.constexpr, dq_layout: gl.constexpr, dpq_layout: gl.constexpr,
-    DQ_COLUMNS: gl.constexpr, CONSUMERS: gl.constexpr,
+    BLOCK_SUM: gl.constexpr, BLOCK_G: gl.constexpr, q_layout: gl.constexpr, k_layout: gl.constexpr,
+    do_layout: gl.constexpr, pq_layout: gl.constexpr, sum_layout: gl.constexpr, dq_layout: gl.constexpr,
+    dpq_layout: gl.constexpr, DQ_COLUMNS: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """Walk over `count` tiles of queries from `first`, the one `turned` steps in at first."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SLAB, 16])
@@ -107,7 +107,7 @@ def _walk(
         if OWN_DPQ:
             dpq = gl.zeros([SLAB, BLOCK_G], gl.float32, dphi_layout)
             for c in gl.static_range(CONSUMERS):
-                pk_c = pk_smem.index(c)._reinterpret(pk_smem.dtype, [ROWS, BLOCK_R], pk_layout)
+                pk_c = sum_smem.index(c)._reinterpret(sum_smem.dtype, [ROWS, BLOCK_SUM], sum_layout)
                 dpq = warpgroup_mma(
                     ds_smem.index(half * CONSUMERS + c).permute((1, 0)), pk_c.slice(0, BLOCK_G, dim=1), dpq,
                     use_acc=c > 0, is_async=True,
@@ -137,14 +137,15 @@ def _walk(
 @jit
 def _consume(
     w: gl.constexpr, dq_desc, dk_desc, dv_desc, dpq_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem,
-    ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty, ds_full, ds_empty,
+    sum_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty, ds_full, ds_empty,
     units, pairs, heads, num_blocks, num_heads, group, slabs, seqlen_q, seqlen_k, shift, left, right, scale, pq_s1,
     pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_TAIL: gl.constexpr,
     HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr, SUM_DPK: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr,
-    BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr, q_layout: gl.constexpr,
-    k_layout: gl.constexpr, v_layout: gl.constexpr, do_layout: gl.constexpr, pq_layout: gl.constexpr,
-    pk_layout: gl.constexpr, dq_layout: gl.constexpr, dpq_layout: gl.constexpr, dpk_layout: gl.constexpr,
-    DQ_COLUMNS: gl.constexpr, CONSUMERS: gl.constexpr, ALTERNATES: gl.constexpr,
+    BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_SUM: gl.constexpr, BLOCK_G: gl.constexpr,
+    q_layout: gl.constexpr, k_layout: gl.constexpr, v_layout: gl.constexpr, do_layout: gl.constexpr,
+    pq_layout: gl.constexpr, pk_layout: gl.constexpr, sum_layout: gl.constexpr, dq_layout: gl.constexpr,
+    dpq_layout: gl.constexpr, dpk_layout: gl.constexpr, DQ_COLUMNS: gl.constexpr, CONSUMERS: gl.constexpr,
+    ALTERNATES: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup w: 64 keys of every tile."""
     BLOCK_N: gl.constexpr = ROWS * CONSUMERS
@@ -184,12 +185,12 @@ def _consume(
                 if part == 1 or (part == 0 and HAS_RIGHT) or (part == 2 and HAS_LEFT):
                     dk, dv, dphi, step = _walk(
                         w, dk, dv, dphi, step, first, count, turn_of(block, num_blocks, count, HAS_LEFT or HAS_RIGHT),
-                        f_q, bh, slabs, start_n, k, v, pk, q_smem, k_smem, do_smem, pq_smem, pk_smem,
+                        f_q, bh, slabs, start_n, k, v, pk, q_smem, k_smem, do_smem, pq_smem, sum_smem,
                         ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, q_full, q_empty, ds_full, ds_empty, dq_desc,
                         dpq_desc, seqlen_k, shift, left, right, scale * LOG2E,
                         part != 1, HAS_TAIL, HAS_LEFT, HAS_RIGHT, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_D,
-                        BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout, do_layout, pq_layout, pk_layout, dq_layout,
-                        dpq_layout, DQ_COLUMNS, CONSUMERS,
+                        BLOCK_DV, BLOCK_R, BLOCK_SUM, BLOCK_G, q_layout, k_layout, do_layout, pq_layout, sum_layout,
+                        dq_layout, dpq_layout, DQ_COLUMNS, CONSUMERS,
                     )  # fmt: skip
         # The other warpgroup reads these keys until it has made its last part of dq.
         last = step - 1
@@ -213,19 +214,21 @@ def _consume(
 @jit(
     do_not_specialize=[
         "units", "pairs", "heads", "num_blocks", "num_heads", "group", "slabs", "stride_rows", "seqlen_q", "seqlen_k",
-        "shift", "left", "right", "pq_s1", "pq_v2", "pq_s2", "pk_s1", "pk_v2", "pk_s2",
+        "shift", "left", "right", "pq_s1", "pq_v2", "pq_s2", "pk_s1", "pk_v2", "pk_s2", "stride_pf", "stride_pn",
+        "stride_pr", "stride_c", "references",
     ]
 )  # fmt: skip
 def _bwd_wide_kernel(
-    q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, lse_ptr, delta_ptr, dq_desc, dk_desc, dv_desc, dpq_desc,
-    dpk_desc, units, pairs, heads, num_blocks, num_heads, group, slabs, stride_rows, seqlen_q, seqlen_k, shift, left,
-    right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
-    HAS_TAIL: gl.constexpr, HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr, SUM_DPK: gl.constexpr, STAGES: gl.constexpr,
+    q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, sum_desc, lse_ptr, delta_ptr, phi_q_ptr, centre_ptr, dq_desc,
+    dk_desc, dv_desc, dpq_desc, dpk_desc, units, pairs, heads, num_blocks, num_heads, group, slabs, stride_rows,
+    seqlen_q, seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, stride_pf, stride_pn,
+    stride_pr, stride_c, references, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_TAIL: gl.constexpr,
+    HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr, SUM_DPK: gl.constexpr, RANK: gl.constexpr, STAGES: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr,
     DQ_COLUMNS: gl.constexpr, CONSUMERS: gl.constexpr, ALTERNATES: gl.constexpr, REGISTERS: gl.constexpr,
-    q_layout: gl.constexpr, k_layout: gl.constexpr, v_layout: gl.constexpr, do_layout: gl.constexpr,
-    pq_layout: gl.constexpr, pk_layout: gl.constexpr, ds_layout: gl.constexpr, dq_layout: gl.constexpr,
-    dpq_layout: gl.constexpr, dpk_layout: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr, q_layout: gl.constexpr, k_layout: gl.constexpr, v_layout: gl.constexpr,
+    do_layout: gl.constexpr, pq_layout: gl.constexpr, pk_layout: gl.constexpr, sum_layout: gl.constexpr,
+    ds_layout: gl.constexpr, dq_layout: gl.constexpr, dpq_layout: gl.constexpr, dpk_layout: gl.constexpr,
 ):  # fmt: skip
     """All gradients; a program takes every so-manieth tile of 128 keys of one (batch, head of keys)."""
     # A thread reads 16 bytes at a time of what its columns need.
@@ -239,6 +242,11 @@ def _bwd_wide_kernel(
     if HAS_PHI:
         pq_smem = gl.allocate_shared_memory(pq_desc.dtype, [STAGES, 1, SLAB, BLOCK_R], pq_desc.layout)
         pk_smem = gl.allocate_shared_memory(pk_desc.dtype, [CONSUMERS, 1, ROWS, BLOCK_R], pk_desc.layout)
+    # What dphi_q is the sum of: the factors themselves, or what goes with centres by tile.
+    BLOCK_SUM: gl.constexpr = BLOCK_R if RANK == 0 else BLOCK_G
+    sum_smem = pk_smem
+    if SUM_DPQ and RANK > 0:
+        sum_smem = gl.allocate_shared_memory(sum_desc.dtype, [CONSUMERS, 1, ROWS, BLOCK_G], sum_desc.layout)
     ds_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * CONSUMERS, ROWS, SLAB], ds_layout)
     dq_smem = gl.allocate_shared_memory(gl.float32, [CONSUMERS, SLAB * DQ_COLUMNS // LINE, LINE], dq_desc.layout)
     dpq_smem = dq_smem
@@ -264,29 +272,33 @@ def _bwd_wide_kernel(
         mbarrier.init(q_full.index(stage), count=2)
         mbarrier.init(q_empty.index(stage), count=CONSUMERS)
     fence_async_shared()
+    owners_q = (pq_s1, pq_v2, pq_s2)
+    owners_k = (pk_s1, pk_v2, pk_s2)
+    centring = (phi_q_ptr, stride_pf, stride_pn, stride_pr, centre_ptr, stride_c, references, owners_q, owners_k)
     # Partitions take their arguments one by one: in a tuple of its own a constant would become a tensor.
     gl.warp_specialize(
         [
             (_consume, (0, dq_desc, dk_desc, dv_desc, dpq_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem,
-                        pk_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, dpk_smem, kv_full, kv_empty, q_full,
-                        q_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, slabs, seqlen_q,
-                        seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT,
-                        HAS_RIGHT, HAS_TAIL, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G,
-                        q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout, dq_layout, dpq_layout,
-                        dpk_layout, DQ_COLUMNS, CONSUMERS, ALTERNATES)),
+                        pk_smem, sum_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, dpk_smem, kv_full,
+                        kv_empty, q_full, q_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group,
+                        slabs, seqlen_q, seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2,
+                        HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R,
+                        BLOCK_SUM, BLOCK_G, q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout, sum_layout,
+                        dq_layout, dpq_layout, dpk_layout, DQ_COLUMNS, CONSUMERS, ALTERNATES)),
             (_consume, (1, dq_desc, dk_desc, dv_desc, dpq_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem,
-                        pk_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, dpk_smem, kv_full, kv_empty, q_full,
-                        q_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, slabs, seqlen_q,
-                        seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT,
-                        HAS_RIGHT, HAS_TAIL, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G,
-                        q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout, dq_layout, dpq_layout,
-                        dpk_layout, DQ_COLUMNS, CONSUMERS, ALTERNATES)),
-            (produce, (q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, lse_ptr, delta_ptr, q_smem, k_smem, v_smem,
-                       do_smem, pq_smem, pk_smem, lse_smem, delta_smem, kv_full, kv_empty, q_full, q_empty, units,
-                       pairs, heads, num_blocks, num_heads, group, stride_rows, seqlen_q, shift, left, right, pq_s1,
-                       pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_PHI, STAGES, BLOCK_D, BLOCK_DV,
-                       BLOCK_R, CONSUMERS, 1, ALTERNATES)),
+                        pk_smem, sum_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, dpk_smem, kv_full,
+                        kv_empty, q_full, q_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group,
+                        slabs, seqlen_q, seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2,
+                        HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R,
+                        BLOCK_SUM, BLOCK_G, q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout, sum_layout,
+                        dq_layout, dpq_layout, dpk_layout, DQ_COLUMNS, CONSUMERS, ALTERNATES)),
+            (produce, (q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, sum_desc, lse_ptr, delta_ptr, centring,
+                       q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, sum_smem, lse_smem, delta_smem, kv_full,
+                       kv_empty, q_full, q_empty, units, pairs, heads, num_blocks, num_heads, group, stride_rows,
+                       seqlen_q, shift, left, right, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT,
+                       HAS_PHI, SUM_DPQ, RANK, 1, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, CONSUMERS, 1,
+                       ALTERNATES)),
         ],
         [4, 1],
-        [REGISTERS, 24],
+        [REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip
