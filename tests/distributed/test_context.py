@@ -9,6 +9,7 @@ import torch
 from tests.distributed.problem import grid
 from tests.distributed.ranks import Place, Ranks
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 import flashbias as fb
@@ -62,6 +63,11 @@ def alone(depth: int = 2) -> dict[str, Tensor]:
     return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+def whole(x: Tensor) -> Tensor:
+    """All of a gradient that is spread over ranks, on the device where they exchange it."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
 def spread(model: nn.Module, place: Place, **options: Any) -> dict[str, Tensor]:
     """Loss of all ranks; gradients as the wrapper, or nobody, has added them up."""
     where = {"mesh": grid(place, (2, 2))} if options.pop("is_grid", False) else {"group": place.group}
@@ -71,7 +77,7 @@ def spread(model: nn.Module, place: Place, **options: Any) -> dict[str, Tensor]:
         loss.backward()
     assert redirect.target is None
     return {"loss": loss.detach().cpu()} | {
-        name.removeprefix("module.").removeprefix("_orig_mod."): p.grad.cpu()
+        name.removeprefix("module.").removeprefix("_orig_mod."): whole(p.grad).cpu()
         for name, p in model.named_parameters()
         if p.grad is not None
     }
@@ -115,8 +121,7 @@ def wrapped(place: Place, wrapper: str) -> dict[str, Tensor]:
     for layer in model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    found = spread(model, place, strategy="ring")
-    return {name: x.full_tensor().cpu() if name != "loss" else x for name, x in found.items()}  # type: ignore[attr-defined]
+    return spread(model, place, strategy="ring")
 
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])

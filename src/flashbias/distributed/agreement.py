@@ -19,7 +19,7 @@ from flashbias.attention.call import DTYPES, INPUTS, Call, inputs_of
 from flashbias.distributed.errors import DisagreementError
 from flashbias.distributed.exchange import naming
 from flashbias.distributed.tiles import Mask
-from flashbias.distributed.topology import STRATEGIES, Circle, Topology
+from flashbias.distributed.topology import STRATEGIES, Circle, Topology, finish
 from flashbias.distributed.traffic import record
 
 __all__ = ["HEADER", "Header", "agree", "refuse"]
@@ -159,8 +159,7 @@ def _gather(circle: Circle, rows: Tensor) -> Tensor:
     for works in (received, sent):
         for peer, work in works.items():
             with naming(circle, (peer,), "agreement"):
-                assert work is not None
-                work.wait()
+                finish(work)
     return result
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flashbias.distributed.errors import RankError
-from flashbias.distributed.topology import Circle
+from flashbias.distributed.topology import Circle, finish
 from flashbias.distributed.traffic import record
 
 __all__ = ["Hop", "naming"]
@@ -94,6 +94,5 @@ class Hop:
         peers = [(self.to,), (self.source,)] if is_for_each else [self._neighbours] * len(self.works)
         for work, peer in reversed(list(zip(self.works, peers, strict=True))):
             with naming(self.circle, peer, self.step):
-                assert work is not None  # only a process outside the group gets none
-                work.wait()
+                finish(work)
         return self.buffer

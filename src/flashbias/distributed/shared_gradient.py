@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flashbias.distributed.exchange import naming
-from flashbias.distributed.topology import Topology
+from flashbias.distributed.topology import Topology, finish
 from flashbias.distributed.traffic import record
 
 __all__ = ["summed_over_ranks"]
@@ -52,5 +52,5 @@ class _Summed(torch.autograd.Function):
                     record(
                         "table gradient", 2 * (circle.size - 1) * total.numel() * total.element_size() // circle.size
                     )
-                    dist.all_reduce(total, group=circle.group)
+                    finish(dist.all_reduce(total, group=circle.group, async_op=True))
         return total, None, None

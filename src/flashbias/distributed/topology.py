@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["STRATEGIES", "Circle", "Topology"]
+__all__ = ["STRATEGIES", "Circle", "Topology", "finish"]
 
 STRATEGIES = ("auto", "ring", "ulysses", "ring+ulysses")
 
@@ -37,8 +37,21 @@ class Circle:
         if self.group is None or self.size == 1:
             return x[None]
         parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
-        dist.all_gather(parts, x.contiguous(), group=self.group)
+        finish(dist.all_gather(parts, x.contiguous(), group=self.group, async_op=True))
         return torch.stack(parts)
+
+
+def finish(work: dist.Work | None) -> None:
+    """Wait for what was started with `async_op=True`.
+
+    Without it torch leaves the waiting to the backend, and NCCL's returns at once, also where TORCH_NCCL_BLOCKING_WAIT
+    asks for an error in time: a missing rank would be noticed by nobody but the watchdog, which ends the process.
+
+    Args:
+        work: what a function of `torch.distributed` returned.
+    """
+    assert work is not None  # only a process outside the group gets none
+    work.wait()
 
 
 ALONE = Circle(None)

@@ -18,7 +18,7 @@ from torch import Tensor
 from flashbias.distributed.exchange import naming
 from flashbias.distributed.parcel import Parcel
 from flashbias.distributed.shard import Layout
-from flashbias.distributed.topology import Circle
+from flashbias.distributed.topology import Circle, finish
 from flashbias.distributed.traffic import record
 
 __all__ = ["HeadExchange"]
@@ -105,7 +105,8 @@ class HeadExchange:
         record(purpose, sum(sent) - sent[self.circle.rank])
         everyone = tuple(peer for peer in range(self.circle.size) if peer != self.circle.rank)
         with naming(self.circle, everyone, f"all-to-all {purpose}"):
-            dist.all_to_all_single(buffer, torch.cat(messages), received, sent, group=self.circle.group)
+            message, group = torch.cat(messages), self.circle.group
+            finish(dist.all_to_all_single(buffer, message, received, sent, group=group, async_op=True))
         return [parcel.unpack(part) for parcel, part in zip(incoming, buffer.split(received), strict=True)]
 
 

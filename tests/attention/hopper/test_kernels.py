@@ -117,6 +117,7 @@ class TestHopper(AttentionSuite):
     impl = "hopper"
     device = DEVICE
     stretch = 5
+    dtypes = ("bfloat16", "float16")
 
     @classmethod
     def grid(cls) -> list[tuple[Case, str]]:

@@ -197,13 +197,13 @@ class BackwardConfig:
 
     @property
     def producer_registers(self) -> int:
-        """Registers of a thread of the loading warp."""
-        return 24
+        """Registers of a thread of the loading warp, which makes offsets beside centres by tile."""
+        return 40 if self.is_centred and self.consumers > 2 else 24
 
     @property
     def sum_registers(self) -> int:
         """Registers of a thread that makes dq."""
-        return 72
+        return 56 if self.is_centred and self.consumers > 2 else 72
 
     @property
     def maxnreg(self) -> int:

@@ -29,7 +29,7 @@ from flashbias.attention.hopper.tiles import (
     place_in_batch,
     store_rows,
 )
-from flashbias.attention.triton.scores import LN2, LOG2E
+from flashbias.attention.triton.scores import FLOOR, LN2, LOG2E
 
 
 @jit
@@ -161,7 +161,7 @@ def _step(acc, p, m_i, l_i, step, start_n, q, pq, q_full, q_phase, k_smem, v_sme
             s = masked(s, start_m, start_n, seqlen_k, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N, s_layout)
     if HAS_TERMS:
         s += gl.load(terms_ptr + start_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout)))[None, :]
-    weights, alpha, m_i, l_i = softmax(s, m_i, l_i, qk_scale, offset, HAS_LEFT or HAS_RIGHT or HAS_TERMS, RANK > 0)
+    weights, alpha, m_i, l_i = softmax(s, m_i, l_i, qk_scale, offset, RANK > 0)
     # Without a barrier here, passed long ago, the assembler moves the wait below above the softmax, and nothing
     # overlaps. Of one that this step waited on before, Triton would synchronise the warps once more.
     mbarrier.wait(q_full, q_phase)
@@ -238,7 +238,7 @@ def _consume(
             lo, full_lo, full_hi, hi = part_of(lo, full_lo, full_hi, hi, part, deal[3])
         start_m = block * BLOCK_M + w * ROWS
         acc = gl.zeros([ROWS, BLOCK_DV], gl.float32, o_layout)
-        m_i = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, first_layout))
+        m_i = gl.full([ROWS], FLOOR, gl.float32, gl.SliceLayout(1, first_layout))
         l_i = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, first_layout))
 
         place = w * Q_STAGES + turn % Q_STAGES
@@ -280,7 +280,7 @@ def _consume(
                         first_layout)  # fmt: skip
         if HAS_TERMS:
             s += gl.load(own_terms + first + gl.arange(0, first_keys, gl.SliceLayout(0, first_layout)))[None, :]
-        weights, _, m_i, l_i = softmax(s, m_i, l_i, qk_scale, offset, HAS_EDGE, RANK > 0)
+        weights, _, m_i, l_i = softmax(s, m_i, l_i, qk_scale, offset, RANK > 0)
         p = gl.convert_layout(weights.to(v_smem.dtype), gl.DotOperandLayout(0, o_layout, 2))
         m_i = gl.convert_layout(m_i, rows)
         l_i = gl.convert_layout(l_i, rows)
@@ -320,13 +320,8 @@ def _consume(
         acc = warpgroup_mma(p, v, acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
 
-        l_safe = l_i
-        lse = m_i
-        if HAS_EDGE:
-            l_safe = gl.where(l_i == 0.0, 1.0, l_i)
-            lse = gl.where(l_i == 0.0, float("-inf"), (m_i + gl.log2(l_safe)) * LN2)
-        else:
-            lse = (m_i + gl.log2(l_i)) * LN2
+        l_safe = gl.where(l_i == 0.0, 1.0, l_i)
+        lse = gl.where(l_i == 0.0, float("-inf"), (m_i + gl.log2(l_safe)) * LN2)
         acc = acc * gl.convert_layout(1.0 / l_safe, gl.SliceLayout(1, o_layout))[:, None]
         if O_IN_Q:
             if IS_VARLEN:

@@ -83,7 +83,7 @@ def tile_offset(centring, start_n, RANK: gl.constexpr, rows: gl.constexpr):
 
 
 @jit
-def softmax(s, m_i, l_i, qk_scale, offset, IS_MASKED: gl.constexpr, HAS_OFFSET: gl.constexpr):
+def softmax(s, m_i, l_i, qk_scale, offset, HAS_OFFSET: gl.constexpr):
     """Weights of a tile, and what the sums so far are to be multiplied by.
 
     An offset of a row goes into what its scores are measured from: each still costs one multiply-add.
@@ -92,12 +92,8 @@ def softmax(s, m_i, l_i, qk_scale, offset, IS_MASKED: gl.constexpr, HAS_OFFSET: 
     if HAS_OFFSET:
         top += offset
     m_new = gl.maximum(m_i, top)
-    m_safe = m_new
-    if IS_MASKED:
-        # A row that has seen no key yet has m = -inf; measured from 0 its weights are exp2(-inf) = 0.
-        m_safe = gl.where(m_new == float("-inf"), 0.0, m_new)
-    alpha = exp2(m_i - m_safe)
-    base = m_safe
+    alpha = exp2(m_i - m_new)
+    base = m_new
     if HAS_OFFSET:
         base -= offset
     p = exp2(s * qk_scale - base[:, None])

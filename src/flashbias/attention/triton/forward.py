@@ -19,6 +19,7 @@ from flashbias.attention.triton.launcher import start
 from flashbias.attention.triton.operands import Operands
 from flashbias.attention.triton.products import product
 from flashbias.attention.triton.scores import (
+    FLOOR,
     LN2,
     LOG2E,
     add_table,
@@ -145,7 +146,6 @@ def _fwd_range(
         plain: tl.constexpr = not (BOUNDED or HAS_TABLE or HAS_MASK or TILE_CENTRED)
         if plain:
             m_new = tl.maximum(m_i, tl.max(s, 1) * qk_scale)
-            m_safe = m_new
             p = tl.exp2(s * qk_scale - m_new[:, None])
         else:
             s = s * qk_scale
@@ -166,10 +166,8 @@ def _fwd_range(
                     keep = keep & load_mask(mask_ptr, i, j, stride_mask_m, stride_mask_n, seqlen_q, seqlen_k)
                 s = tl.where(keep, s, float("-inf"))
             m_new = tl.maximum(m_i, tl.max(s, 1))
-            # A row that has seen no key yet has m = -inf; measured from 0 its weights are exp2(-inf) = 0.
-            m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-            p = tl.exp2(s - m_safe[:, None])
-        alpha = tl.exp2(m_i - m_safe)
+            p = tl.exp2(s - m_new[:, None])
+        alpha = tl.exp2(m_i - m_new)
         l_i = l_i * alpha + tl.sum(p, 1)
         m_i = m_new
         if HAS_DROPOUT:
@@ -358,7 +356,7 @@ def _fwd_kernel(
 
     acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
     l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
-    m_i = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    m_i = tl.full([BLOCK_M], FLOOR, dtype=tl.float32)
     # Tiles at the edges of the band are smaller and carry bounds and masks; those between do not.
     for stage in tl.static_range(3):
         if stage == 0:
