@@ -149,6 +149,11 @@ def sentences(rows: Sequence[Row], about: Mapping[str, Any]) -> str:
 # -------------------------------------------------------------------- the model
 
 
+def _literal(x: float) -> str:
+    """Three digits, as a formatter of Python writes them."""
+    return f"{x:.3g}".replace("e+", "e")
+
+
 def thousand(rows: Sequence[Row], about: Mapping[str, Any]) -> str:
     """The block of Python that feeds the model with what was measured, what it prints, and the model beside that."""
     timed = [row for row in rows if (row["case"], row["strategy"]) == (LANGUAGE, "alone") and row["ms"]]
@@ -169,9 +174,9 @@ def thousand(rows: Sequence[Row], about: Mapping[str, Any]) -> str:
 from flashbias.distributed.simulate import Link, Machine, Workload, simulate, simulation_table
 
 machine = Machine(
-    forward_flops={forward:.3g},  # measured: {tokens:,} tokens of alibi-128 on one GPU
-    backward_flops={backward:.3g},  # measured likewise, forward and backward less forward
-    near=Link(alpha={alpha:.3g}, beta={beta:.3g}),  # measured: a hop between GPUs of one host
+    forward_flops={_literal(forward)},  # measured: {tokens:,} tokens of alibi-128 on one GPU
+    backward_flops={_literal(backward)},  # measured likewise, forward and backward less forward
+    near=Link(alpha={_literal(alpha)}, beta={_literal(beta)}),  # measured: a hop between GPUs of one host
     far=Link(alpha=20e-6, beta=45e9),  # not measured: one 400 Gb/s adapter for each GPU
     node=8,
 )

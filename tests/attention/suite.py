@@ -340,14 +340,15 @@ class AttentionSuite:
 
     def test_varlen_with_codes_of_one_side(self) -> None:
         """Those of the other are positions in the pack, as `FactoredBias` says, and not what a band would read."""
-        bounds, table = torch.tensor([0, 5, 12], dtype=torch.int32, device=self.device), torch.randn(2, 21)
-        x, table = torch.randn(12, 2, 16, device=self.device).to(DTYPES[self.dtypes[0]]), table.to(self.device)
+        ends = [0, 5 * self.stretch, n := 12 * self.stretch]
+        bounds, table = torch.tensor(ends, dtype=torch.int32, device=self.device), torch.randn(2, 2 * n - 3)
+        x, table = torch.randn(n, 2, 16, device=self.device).to(DTYPES[self.dtypes[0]]), table.to(self.device)
         bound = 1e-5 if x.dtype == torch.float32 else 2e-2
-        code = torch.arange(12, 0, -1, device=self.device)
+        code = torch.arange(n, 0, -1, device=self.device)
         for given in ({"code_q": code}, {"code_k": code}):
-            bias = fb.FactoredBias.from_table(table, 12, 12, **given)
+            bias = fb.FactoredBias.from_table(table, n, n, **given)
             out = fb.varlen_attention(x, x, x, bounds, bounds, bias, impl=self.impl)
-            for start, stop in ((0, 5), (5, 12)):
+            for start, stop in itertools.pairwise(ends):
                 own = x[start:stop].transpose(0, 1)
                 wanted = fb.attention(own, own, own, bias[start:stop, start:stop], impl="reference")
                 torch.testing.assert_close(out[start:stop].transpose(0, 1), wanted, atol=bound, rtol=bound)

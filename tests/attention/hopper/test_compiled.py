@@ -114,8 +114,15 @@ SHAPES = [
     Shape("64-centres", head_dim=64, rank=7, n=132_871, factor_dtype=torch.float32),
     Shape("128-centres-causal", head_dim=128, rank=2, n=131_072, factor_dtype=torch.float32, window=(None, 0)),
     Shape("128-centres-frozen", head_dim=128, rank=8, n=40_000, factor_dtype=torch.float32, frozen=True),
-    Shape("128-centres-float16", head_dim=128, rank=8, n=40_000, factor_dtype=torch.float32, dtype=torch.float16,
-          frozen=True),
+    Shape(
+        "128-centres-float16",
+        head_dim=128,
+        rank=8,
+        n=40_000,
+        factor_dtype=torch.float32,
+        dtype=torch.float16,
+        frozen=True,
+    ),
 ]
 
 FORWARD_ONLY = [
@@ -177,8 +184,8 @@ SPILLS = {
 """Bytes of all instructions that spill, (forward, backward), by the release of ptxas; the rest spills nothing.
 
 Heads of 128 fill the registers with sums by design. Where a band or the factors' gradients add to the walk's own
-numbers, some of those are spilled too, more by ptxas 13.1. Beside centres by tile the backward's loading warp, which has
-24 registers, spills most: it is ahead of the others, and waits for them.
+numbers, some of those are spilled too, more by ptxas 13.1. Beside centres by tile the backward's loading warp spills
+most: it has few registers, but is ahead of the others and waits for them.
 """
 
 

@@ -610,12 +610,18 @@ class TestCentresByTile:
     @pytest.mark.parametrize("head_dim", [16, 32, 64, 128])
     @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
     def test_gradients_beside_many_keys(self, head_dim: int, is_causal: bool) -> None:
-        """As the portable kernels make them, beside positions that reach 40,000."""
+        """As the portable kernels make them: of positions that reach 40,000, and of distances between points.
+
+        Positions are seen causally, since dphi_q is a sum of bfloat16 numbers times how far away their key is.
+        """
         n = 40_000
         torch.manual_seed(0)
         leaves = [torch.randn(1, 2, n, head_dim, device=DEVICE).bfloat16().requires_grad_() for _ in range(3)]
-        alibi = far.alibi(n, [0.5, 0.002])
-        leaves += [x.detach().clone().requires_grad_() for x in (alibi.phi_q, alibi.phi_k)]
+        given = far.alibi(n, [0.5, 0.002])
+        if not is_causal:
+            points = torch.rand(n, 3, device=DEVICE)
+            given = fb.SquaredDistance(num_heads=2)(points, points, weight=torch.tensor([1.0, 30.0], device=DEVICE))
+        leaves += [x.detach().clone().requires_grad_() for x in (given.phi_q, given.phi_k)]
         dout = torch.randn(1, 2, n, head_dim, device=DEVICE).bfloat16()
 
         def gradients(impl: str) -> tuple[torch.Tensor, ...]:

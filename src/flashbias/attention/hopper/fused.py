@@ -182,8 +182,8 @@ def _walk(
             s = warpgroup_mma(pk, pq.permute((1, 0)), s, is_async=True)
         dp = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s])
-        p = weights(s, lse_smem.index(stage * CENTRES + centre), start_m, start_n, seqlen_k, shift, left, right, qk_scale,
-                     IS_EDGE, HAS_TAIL, HAS_LEFT, HAS_RIGHT)  # fmt: skip
+        p = weights(s, lse_smem.index(stage * CENTRES + centre), start_m, start_n, seqlen_k, shift, left, right,
+                     qk_scale, IS_EDGE, HAS_TAIL, HAS_LEFT, HAS_RIGHT)  # fmt: skip
         p16 = gl.convert_layout(p.to(do_smem.dtype), gl.DotOperandLayout(0, dv_layout, 2))
         dv = warpgroup_mma(p16, do, dv, is_async=True)
         dp = warpgroup_mma_wait(1, deps=[dp])
@@ -389,9 +389,9 @@ def _bwd_kernel(
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr,
     HOLDS_PHI: gl.constexpr, HAS_IDLE: gl.constexpr, CONSUMERS: gl.constexpr, KV_STAGES: gl.constexpr,
     ALTERNATES: gl.constexpr, REGISTERS: gl.constexpr, SUM_REGISTERS: gl.constexpr,
-    PRODUCER_REGISTERS: gl.constexpr, q_layout: gl.constexpr, k_layout: gl.constexpr, v_layout: gl.constexpr, do_layout: gl.constexpr, pq_layout: gl.constexpr,
-    pk_layout: gl.constexpr, sum_layout: gl.constexpr, ds_layout: gl.constexpr, dq_layout: gl.constexpr,
-    dpq_layout: gl.constexpr, dpk_layout: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr, q_layout: gl.constexpr, k_layout: gl.constexpr, v_layout: gl.constexpr,
+    do_layout: gl.constexpr, pq_layout: gl.constexpr, pk_layout: gl.constexpr, sum_layout: gl.constexpr,
+    ds_layout: gl.constexpr, dq_layout: gl.constexpr, dpq_layout: gl.constexpr, dpk_layout: gl.constexpr,
 ):  # fmt: skip
     """All gradients; a program takes every so-manieth tile of keys of one (batch, head of keys)."""
     KEYS: gl.constexpr = KV_STAGES * CONSUMERS

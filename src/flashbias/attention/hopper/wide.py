@@ -137,9 +137,9 @@ def _walk(
 @jit
 def _consume(
     w: gl.constexpr, dq_desc, dk_desc, dv_desc, dpq_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem,
-    sum_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty, ds_full, ds_empty,
-    units, pairs, heads, num_blocks, num_heads, group, slabs, seqlen_q, seqlen_k, shift, left, right, scale, pq_s1,
-    pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_TAIL: gl.constexpr,
+    sum_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty, ds_full,
+    ds_empty, units, pairs, heads, num_blocks, num_heads, group, slabs, seqlen_q, seqlen_k, shift, left, right, scale,
+    pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_TAIL: gl.constexpr,
     HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr, SUM_DPK: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr,
     BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_SUM: gl.constexpr, BLOCK_G: gl.constexpr,
     q_layout: gl.constexpr, k_layout: gl.constexpr, v_layout: gl.constexpr, do_layout: gl.constexpr,
