@@ -94,7 +94,8 @@ def _times(axes: Any, rows: Rows) -> None:
         if places:
             axes.bar(places, [found[case] for case in cases if case in found], width, color=colour, label=label)
     axes.set_yscale("log")
-    axes.set_xticks(range(len(cases)), [f"{_seqlen(rows, case):,}\nhead {case.split('-')[1]}" for case in cases])
+    labels = [f"{_seqlen(rows, case):,}\nhead {case.split('-')[1]}" for case in cases]
+    axes.set_xticks(range(len(cases)), labels, fontsize=8)
     axes.set_xlabel("tokens")
     _legend_or_note(axes)
 
