@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from tests.distributed.problem import Case, assert_equal, solve
-from tests.distributed.ranks import Ranks
+from tests.distributed.ranks import Place, Ranks
 
 import flashbias.distributed as cp
+from flashbias.distributed.topology import Circle
+from flashbias.distributed.ulysses import HeadExchange
 
 EXACT = 1e-12
 PLAIN = Case("plain")
@@ -161,3 +163,15 @@ def test_bytes_of_an_all_to_all(ranks: Ranks) -> None:
     inputs = 12 * 16 * (3 * 4 + 2 * 4) * 4
     outputs = 12 * 16 * (4 + 1) * 4
     assert sent["to heads"] == sent["to tokens"] == (inputs + outputs) * 2 // 3
+
+
+def asked_for(place: Place) -> list[bool]:
+    """Which of a learned query, a frozen factor and whole numbers get a gradient behind the exchange."""
+    exchange = HeadExchange(Circle.of(place.group), cp.Layout.of(8, place.size, "contiguous"), 4)
+    query, phi = torch.randn(4, 4, 2, requires_grad=True), torch.randn(4, 4, 3)
+    return [x.requires_grad for x in exchange.to_heads(query, phi, torch.arange(4)[None, :, None])]
+
+
+def test_what_is_frozen_stays_so_behind_an_all_to_all(ranks: Ranks) -> None:
+    """The local attention would make gradients that nobody wants, and run its forward pass once more for them."""
+    assert ranks.results(asked_for, size=2) == [[True, False, False]] * 2

@@ -123,7 +123,9 @@ class _ToHeads(torch.autograd.Function):
     def forward(ctx: Any, exchange: HeadExchange, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.exchange, ctx.counts = exchange, [x.shape[-3] for x in tensors]
         results = exchange.send_tokens(tensors)
-        ctx.mark_non_differentiable(*(x for x in results if not x.is_floating_point()))
+        # Else what is frozen would get a gradient in the local attention, because something beside it gets one.
+        needed = ctx.needs_input_grad[1:]
+        ctx.mark_non_differentiable(*(x for x, need in zip(results, needed, strict=True) if not need))
         return results
 
     @staticmethod
