@@ -107,6 +107,27 @@ class ShortSuite:
         assert_close_to_oracle(problem, differentiate(problem, leaves, out, lse, True), True)
         assert launched == [short, short_backward]
 
+    @pytest.mark.parametrize("n", [17, 65], ids=["walk", "one by one"])
+    def test_a_row_may_see_masked_keys_alone(self, n: int) -> None:
+        """Where a column of the factors pushes all keys of a row far down, it has no output and no gradient."""
+        query, key, value = torch.randn(3, 3, 2, n, 16).to(self.device, torch.bfloat16).unbind()
+        hidden = torch.arange(n, device=self.device) >= 11
+        phi_q = torch.stack([torch.randn(n, device=self.device), hidden.float()], dim=-1)
+        phi_k = torch.stack([torch.randn(n, device=self.device), torch.full((n,), -1e9, device=self.device)], dim=-1)
+        bias = fb.FactoredBias(phi_q[None], phi_k[None])
+        dout = torch.randn_like(value)
+        leaves = [x.clone().requires_grad_() for x in (query, key, value)]
+        out, lse = fb.attention(*leaves, bias, impl="triton", return_lse=True)
+        out.backward(dout)
+        assert (lse[..., hidden] == -torch.inf).all()
+        assert (out[..., hidden, :] == 0).all()
+        assert (leaves[0].grad[..., hidden, :] == 0).all()
+        others = [x.clone().requires_grad_() for x in (query, key, value)]
+        shown = fb.FactoredBias(phi_q[None, ~hidden], phi_k[None])
+        fb.attention(others[0][..., ~hidden, :], *others[1:], shown, impl="triton").backward(dout[..., ~hidden, :])
+        for x, y in zip(leaves, others, strict=True):
+            torch.testing.assert_close(x.grad, y.grad, atol=2e-2, rtol=2e-2)
+
     def kernels_of(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         """Names of the kernels above, as they will be launched."""
         seen: list[str] = []

@@ -26,6 +26,7 @@ from flashbias.attention.triton.launcher import start
 from flashbias.attention.triton.operands import Operands, multiprocessors, strides_of
 from flashbias.attention.triton.products import product
 from flashbias.attention.triton.scores import (
+    FLOOR,
     LN2,
     LOG2E,
     READY,
@@ -155,9 +156,9 @@ def place_of(walk, walk_s1, walk_v2, num_heads):
 @triton.jit
 def window_weights(t, FTZ: tl.constexpr):
     """Weights of all keys, the inverse of their sum, and the log-sum-exp of scores in units of log 2."""
-    top = tl.max(t, 1)
-    # A row that sees no key has a maximum of -inf; measured from 0 its weights are exp2(-inf) = 0.
-    top = tl.where(top == float("-inf"), 0.0, top)
+    # As in walks over longer rows: one that sees no key, or only keys masked by -1e9, has weights of 0. The backward
+    # pass could not make the latter's again from a log-sum-exp that is rounded to whole numbers.
+    top = tl.maximum(tl.max(t, 1), FLOOR)
     p = power(t - top[:, None], FTZ)
     total = tl.sum(p, 1)
     dead = total == 0.0
