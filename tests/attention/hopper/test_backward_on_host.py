@@ -43,6 +43,8 @@ class Problem:
     kv_heads: int = 2
     rank: int = 3
     shares: bool = False  # one factor for all of the batch
+    one_phi_k: bool = False  # for all of batch and heads
+    freezes_phi_q: bool = False
     left: int = -1
     right: int = -1
     learns: bool = True
@@ -52,6 +54,14 @@ class Problem:
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def needs_phi_q(self) -> bool:
+        return self.learns and self.rank > 0 and not self.freezes_phi_q
+
+    @property
+    def sums_columns(self) -> bool:
+        return self.centred and self.needs_phi_q
 
 
 def narrow(consumers: int = 2, stages: int = 2, kv_stages: int = 2, holds_phi: bool = True) -> BackwardConfig:
@@ -83,6 +93,59 @@ PROBLEMS = [
     Problem("centres, causal, shared", narrow(stages=1), 300, 300, right=0, batch=2, shares=True, centred=True),
     Problem("centres, grouped heads", narrow(), 200, 200, heads=4, learns=False, centred=True),
     Problem("centres, wide", WIDE, 330, 330, width=32, width_v=16, right=0, centred=True),
+    Problem("centres, grouped heads, one phi_k", narrow(), 200, 330, heads=4, batch=2, one_phi_k=True, centred=True),
+    Problem(
+        "centres, grouped heads, one phi_k, wide",
+        WIDE,
+        90,
+        200,
+        width=32,
+        heads=4,
+        kv_heads=1,
+        batch=2,
+        one_phi_k=True,
+        shares=True,
+        right=0,
+        shift=110,
+        centred=True,
+    ),
+    Problem(
+        "centres, three warpgroups, window",
+        narrow(3),
+        300,
+        500,
+        rank=7,
+        batch=2,
+        heads=4,
+        one_phi_k=True,
+        left=150,
+        right=20,
+        shift=200,
+        centred=True,
+    ),
+    Problem("centres, more queries than keys", narrow(3), 500, 210, rank=5, batch=2, centred=True, programs=3),
+    Problem(
+        "centres, rank 6, one tile of keys at a time",
+        narrow(3, stages=1, kv_stages=1),
+        140,
+        410,
+        rank=6,
+        right=0,
+        shift=270,
+        centred=True,
+    ),
+    Problem("centres, frozen phi_q", narrow(), 140, 300, rank=8, heads=4, batch=2, freezes_phi_q=True, centred=True),
+    Problem(
+        "centres, frozen phi_q, three warpgroups",
+        narrow(3),
+        140,
+        300,
+        rank=8,
+        freezes_phi_q=True,
+        right=0,
+        shift=160,
+        centred=True,
+    ),
 ]
 
 
@@ -96,7 +159,7 @@ def leaves_of(problem: Problem) -> dict[str, Tensor]:
         "k": torch.randn(b, hk, problem.m, problem.width).double(),
         "v": torch.randn(b, hk, problem.m, problem.width_v).double(),
         "phi_q": torch.randn(own, h, problem.n, problem.rank).double(),
-        "phi_k": torch.randn(own, hk, problem.m, problem.rank).double(),
+        "phi_k": torch.randn(*(1, 1) if problem.one_phi_k else (own, hk), problem.m, problem.rank).double(),
     }
 
 
@@ -105,7 +168,10 @@ def expected(
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Gradients by autograd; log-sum-exp and delta."""
     x = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
-    repeated = {name: x[name].repeat_interleave(problem.heads // problem.kv_heads, 1) for name in ("k", "v", "phi_k")}
+    repeated = {
+        name: x[name] if x[name].shape[1] == 1 else x[name].repeat_interleave(problem.heads // problem.kv_heads, 1)
+        for name in ("k", "v", "phi_k")
+    }
     scores = scale * x["q"] @ repeated["k"].mT + x["phi_q"] @ repeated["phi_k"].mT
     gap = torch.arange(problem.m) - torch.arange(problem.n)[:, None] - problem.shift
     keep = torch.ones(problem.n, problem.m, dtype=torch.bool)
@@ -129,7 +195,9 @@ def centred(problem: Problem, phi_q: Tensor, phi_k: Tensor, lse: Tensor) -> tupl
     starts = torch.cat([tiles, opposite + problem.m - problem.n])
     centring = Centring(phi_q, packing.centre_of(phi_k, starts, packing.CENTRE_TILE), len(tiles))
     group, members = problem.heads // problem.kv_heads, problem.batch if problem.shares else 1
-    references = centring.references(problem.n).repeat_interleave(group, 0).repeat(members, 1, 1)
+    references = centring.references(problem.n)
+    if not problem.one_phi_k:
+        references = references.repeat_interleave(group, 0).repeat(members, 1, 1)
     constant = (phi_q.repeat(members, 1, 1) * references).sum(-1)
     return centring, lse - constant.view(lse.shape)
 
@@ -176,13 +244,15 @@ def computed(problem: Problem, leaves: dict[str, Tensor], scale: float, dout: Te
     # A factor for each head, of each batch element or of all; that of keys for each head of keys.
     own, members = (1, b) if problem.shares else (b, 1)
     sharing_q, sharing_k = Sharing(1, members, own * h, 1), Sharing(1, members, own * hk, group)
+    if problem.one_phi_k:
+        sharing_k = Sharing(1, b * h, 1, 1)
     ops: Any = SimpleNamespace(
         q=x["q"], k=x["k"], v=x["v"], factors=factors, batch=b, num_heads=h, group=group, seqlen_q=problem.n,
         seqlen_k=problem.m, head_dim=problem.width, head_dim_v=problem.width_v, block_d=problem.width,
         block_dv=problem.width_v, columns=COLUMNS if factors else 0, rank=problem.rank, shift=problem.shift,
         window_left=problem.left, window_right=problem.right, scale=scale, sharing_q=sharing_q, sharing_k=sharing_k,
         shape=None, flat=lambda t: t, centring=centring, is_tile_centred=problem.centred,
-        summable=Summable.of(factors.raw_k, torch.float32) if factors and problem.centred and problem.learns else None,
+        summable=Summable.of(factors.raw_k, torch.float32) if factors and problem.sums_columns else None,
     )  # fmt: skip
     rows = cdiv(problem.n, SLAB) * SLAB
     lse2 = torch.full((b * h, rows), math.inf)
@@ -190,7 +260,7 @@ def computed(problem: Problem, leaves: dict[str, Tensor], scale: float, dout: Te
     deltas = torch.zeros(b * h, rows)
     deltas[:, : problem.n] = delta.float().flatten(0, 1)
     grads = [torch.full_like(t, math.nan) for t in x.values()]
-    needs = (True, True, True, problem.learns and problem.rank > 0, problem.learns and problem.rank > 0, False)
+    needs = (True, True, True, problem.needs_phi_q, problem.learns and problem.rank > 0, False)
 
     device = Device(seed)
     config = replace(problem.config, is_centred=problem.centred)
@@ -221,6 +291,8 @@ def test_gradients_in_any_order(problem: Problem, seed: int) -> None:
     found = computed(problem, leaves, scale, dout, lse, delta, seed)
     for name, grad in zip(leaves, found, strict=True):
         if name.startswith("phi") and not (problem.learns and problem.rank):
+            continue
+        if name == "phi_q" and problem.freezes_phi_q:
             continue
         torch.testing.assert_close(
             grad.double(), exact[name], rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}"

@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 
 from flashbias.attention.hopper import backward, forward
 from flashbias.attention.hopper.gluon import TensorDescriptor
-from flashbias.attention.hopper.operands import RANKS, HopperOperands, descriptor, layout_of
+from flashbias.attention.hopper.operands import RANKS, HopperOperands, Summable, descriptor, layout_of
 
 BATCH, HEADS, N, D = 2, 3, 96, 32
 
@@ -137,7 +137,9 @@ class TestCentring:
         query, key = torch.zeros(BATCH, HEADS, n, D).bfloat16(), torch.zeros(BATCH, HEADS, m, D).bfloat16()
         # Of a factor that is the same for all queries one row is stored.
         phi_q = torch.randn(*lead, 1, 3).expand(*lead, n, 3) if n == 64 else torch.randn(*lead, 3, n).mT
-        bias = fb.FactoredBias(phi_q, 100 * torch.randn(HEADS, m, 3))
+        # Centres are read row by row, in whatever order phi_k lies in memory.
+        phi_k = 100 * (torch.randn(3, HEADS, m).permute(1, 2, 0) if n == 300 else torch.randn(HEADS, m, 3))
+        bias = fb.FactoredBias(phi_q, phi_k)
         call = Call(
             query, key, key, bias, None, None, None, bottom_right=False, scale=0.5, dropout_p=0.0, deterministic=False,
             return_lse=True,
@@ -166,6 +168,48 @@ class TestCentring:
             made = own_q @ (phi_k[keys].double() - own_c).mT + own_q @ (own_c - reference)[:, None]
             i = start_m + rows
             torch.testing.assert_close(made + lost[i, None], dense[i[:, None], keys], atol=1e-3, rtol=1e-5)
+
+
+class TestSummable:
+    """The columns, summed, and what is put back give dphi_q measured from the centres opposite to the queries."""
+
+    @pytest.mark.parametrize(("rank", "accuracy"), [(2, 2.0**-24), (5, 2.0**-24), (6, 2.0**-17), (7, 2.0**-17)])
+    def test_gradient(self, rank: int, accuracy: float) -> None:
+        m = 1_000
+        phi_k, references = 1e5 * torch.rand(2, m, rank), 1e5 * torch.rand(2, 70, rank)
+        found = Summable.of(phi_k, torch.bfloat16)
+        assert found.columns.shape == (2, m, 16)
+        ds = torch.randn(2, 70, m).double()
+        exact = ds @ phi_k.double() - ds.sum(-1, keepdim=True) * references.double()
+        made = found.gradient(ds @ found.columns.double(), references.double())
+        # Of a number, and of the difference from the centre, which is rounded to float32.
+        bound = (accuracy + 2.0**-24) * 1e5 * ds.abs().sum(-1, keepdim=True)
+        assert ((made - exact).abs() <= bound).all()
+
+
+class TestChosen:
+    """Which backward passes beside centres by tile the fused kernel does."""
+
+    @pytest.mark.parametrize(
+        ("rank", "own_k", "needs", "is_fused"),
+        [
+            (7, 1, (True, True), True),
+            (7, HEADS, (True, True), True),
+            (8, HEADS, (True, True), False),  # no room for two parts
+            (8, HEADS, (False, True), True),
+            (8, HEADS, (False, False), True),
+            (40, HEADS, (False, True), False),  # its own kernel for wide factors has no offsets
+        ],
+    )
+    def test_centred(
+        self, rank: int, own_k: int, needs: tuple[bool, bool], is_fused: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(packing, "TILE_CENTRE_FROM", 128)
+        q, k, v = torch.zeros(3, 10, HEADS, 256, D, dtype=torch.bfloat16)
+        phi_q, phi_k = torch.zeros(HEADS, 256, rank), torch.zeros(own_k, 256, rank)
+        ops = HopperOperands.of(q, k, v, phi_q, phi_k, *[None] * 7, 256, 256, [], 0.25, -1, -1, False, 0.0)
+        assert ops.is_tile_centred
+        assert (backward.chosen(ops, (True, True, True, *needs, False)) is not None) == is_fused
 
 
 def own_index(bh: int, s1: int, v2: int, s2: int) -> int:

@@ -69,7 +69,7 @@ def chosen(ops: HopperOperands, needs_grad: tuple[bool, ...]) -> BackwardConfig 
         return None
     if window.fits(ops, needs_grad) or apart or (needs_phi and ops.q.dtype == torch.float16):
         return None
-    if needs_phi and ops.is_tile_centred and not is_summable(ops):
+    if needs_grad[3] and ops.is_tile_centred and not is_summable(ops):
         return None
     block_g = columns_of(ops.rank) if needs_phi and not are_summed_apart(ops) else 0
     if is_slower(ops, block_g):
@@ -85,7 +85,8 @@ def is_summable(ops: HopperOperands) -> bool:
 def are_summed_apart(ops: HopperOperands) -> bool:
     """Whether gradients of factors come from the kernel for wide, shared ones."""
     is_wide = ops.rank > WIDEST_BESIDE and ops.sharing_q.members >= FEWEST_MEMBERS
-    return is_wide and shared.is_possible(ops)
+    # That kernel knows no offsets of tiles.
+    return is_wide and not ops.is_tile_centred and shared.is_possible(ops)
 
 
 def _is_one_for_each_group(ops: HopperOperands) -> bool:

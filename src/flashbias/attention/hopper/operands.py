@@ -116,11 +116,13 @@ class Centring(NamedTuple):
 class Summable:
     """phi_k from which dphi_q is summed where scores have centres by tile: measured from one centre of all keys.
 
-    dphi_q is the sum of `ds_ij (phi_k[j] - c_ref(i))`. Column by column the matrix unit sums two parts of
+    dphi_q is the sum of `ds_ij (phi_k[j] - c_ref(i))`. Column by column the matrix unit sums parts of
     `phi_k - centre`, and ones; the sum of the ones times `centre - c_ref(i)` is what is missing.
 
+    Up to rank 5 there are three parts, which in bfloat16 are the float32 number itself, beyond two, 2^-17 of it off.
+
     Args:
-        columns: `[F_k, M, 16]`: the first part in R columns, the second in the next R, ones in the last.
+        columns: `[F_k, M, 16]`: the first part in R columns, each further one in the next R, ones in the last.
         centre: `[F_k, 1, R]`.
     """
 
@@ -134,15 +136,22 @@ class Summable:
         assert 2 * rank < NARROWEST
         centre = packing.centre_of(phi_k, torch.zeros(1, dtype=torch.int64, device=phi_k.device), length)
         columns = phi_k.new_zeros((*phi_k.shape[:-1], NARROWEST), dtype=dtype)
-        columns[..., :rank], columns[..., rank : 2 * rank] = packing.split(phi_k - centre, 2, dtype)
+        parts = _parts(rank)
+        columns[..., : parts * rank] = torch.cat(packing.split(phi_k - centre, parts, dtype), -1)
         columns[..., -1] = 1.0
         return cls(columns, centre)
 
     def gradient(self, sums: Tensor, references: Tensor) -> Tensor:
         """dphi_q `[F_q, N, R]` from the sums of the columns and `c_ref(i)`, `[F_k, N, R]`; F_k is 1 or F_q."""
         rank = self.centre.shape[-1]
-        first, second, total = sums[..., :rank], sums[..., rank : 2 * rank], sums[..., -1:]
-        return first + second + total * (self.centre - references)
+        parts = _parts(rank)
+        own = sums[..., : parts * rank].unflatten(-1, (parts, rank)).sum(-2)
+        return own + sums[..., -1:] * (self.centre - references)
+
+
+def _parts(rank: int) -> int:
+    """Parts of a number that have room beside the ones, at most all of float32's."""
+    return min(3, (NARROWEST - 1) // rank)
 
 
 class HopperOperands(Operands):
@@ -222,9 +231,9 @@ class HopperOperands(Operands):
             torch.arange(0, n, packing.CENTRE_TILE, device=self.q.device) for n in (self.seqlen_k, self.seqlen_q)
         )
         starts = torch.cat([tiles, opposite + (self.seqlen_k - self.seqlen_q)])
-        return Centring(
-            self.factors.raw_q, packing.centre_of(self.factors.raw_k, starts, packing.CENTRE_TILE), len(tiles)
-        )
+        # Kernels count rows of R; indexing may keep the memory order of a phi_k whose columns lie far apart.
+        centres = packing.centre_of(self.factors.raw_k, starts, packing.CENTRE_TILE).contiguous()
+        return Centring(self.factors.raw_q, centres, len(tiles))
 
     @functools.cached_property
     def summable(self) -> Summable:
