@@ -17,11 +17,11 @@ from flashbias.attention.triton.tiles import load_factor
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
-FLOOR = tl.constexpr(-(2.0**24))
-"""From where the maximum of a row starts, in units of log 2: scores far below it are hidden.
+FLOOR = tl.constexpr(-(2.0**27))
+"""From where the maximum of a row starts, in units of log 2: scores below it are hidden.
 
-So far out float32 tells only whole numbers apart. Where a column of the factors masks keys by -1e9 and they come first,
-weights measured from their maximum would be what rounding leaves, up to 2^64, which float16 cannot hold.
+Numbers of that size are 8 apart in float32, so that weights measured from there are 2^8 at most. Where a column of the
+factors masks keys by -1e9 and they come first, rounding would leave weights of 2^64, which float16 cannot hold.
 """
 
 # How a bias is brought to S / scale (`PHI_MODE`); see `pack.Factors`.
