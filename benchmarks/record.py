@@ -50,7 +50,7 @@ def write(arguments: argparse.Namespace, rows: Sequence[Row], summary: Mapping[s
         rows: of the CSV; all have the keys of the first.
         summary: what the run found, in a few numbers.
     """
-    settings = {name: str(value) for name, value in vars(arguments).items() if name not in NO_SETTING}
+    settings = {name: str(value) for name, value in vars(arguments).items() if _is_setting(name, value)}
     device = torch.device(getattr(arguments, "device", "cpu"))
     about = {
         **describe_environment(device, getattr(arguments, "commit", None)),
@@ -65,6 +65,11 @@ def write(arguments: argparse.Namespace, rows: Sequence[Row], summary: Mapping[s
     store(arguments.out, arguments.subcommand, rows, about)
     say(json.dumps(dict(summary)))
     say(f"written: {arguments.out.name}/{arguments.subcommand}.csv and .json")
+
+
+def _is_setting(name: str, value: object) -> bool:
+    """Whether an argument says what was measured; a whole path says where files of this machine are."""
+    return name not in NO_SETTING and not (isinstance(value, Path) and value.is_absolute())
 
 
 def store(folder: Path, name: str, rows: Sequence[Row], about: Mapping[str, object]) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 from benchmarks.fields.record import joined, merge
-from benchmarks.record import read, store
+from benchmarks.record import read, store, write
 
 
 def rows(part: str, *times: float) -> list[dict[str, object]]:
@@ -63,3 +64,14 @@ def test_merging_two_folders(tmp_path: Path):
     assert about == {"commit": "b", "summary": {"train": 1, "speed": 1, "kept": {"train": "a"}}}
     with pytest.raises(FileNotFoundError, match="weather"):
         merge(first, second, "weather")
+
+
+def test_no_path_of_this_machine_is_a_setting(tmp_path: Path):
+    arguments = Namespace(
+        subcommand="mesh", out=tmp_path, threads=1, load=0.0, started="now", page=tmp_path / "page.md",
+        weights=Path("vision.pt"), steps=3,
+    )  # fmt: skip
+    write(arguments, rows("speed", 1.0), {})
+    assert read(tmp_path, "mesh")[1]["settings"] == {
+        "subcommand": "mesh", "threads": "1", "weights": "vision.pt", "steps": "3"
+    }  # fmt: skip
