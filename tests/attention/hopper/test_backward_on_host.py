@@ -19,10 +19,10 @@ if INTERPRETED:
 from tests.attention.hopper.on_host import Box, Device, Launched, on_host
 
 from flashbias.attention import packing
-from flashbias.attention.hopper import backward, fused, slabs, tiles, wide
+from flashbias.attention.hopper import backward, fused, slabs, tiles, walks, wide
 from flashbias.attention.hopper import scores as kernel_scores
 from flashbias.attention.hopper.configs import SLAB, BackwardConfig
-from flashbias.attention.hopper.operands import Centring, Summable
+from flashbias.attention.hopper.operands import Centring
 from flashbias.attention.layout import Sharing, cdiv
 
 COLUMNS = 16
@@ -252,7 +252,6 @@ def computed(problem: Problem, leaves: dict[str, Tensor], scale: float, dout: Te
         block_dv=problem.width_v, columns=COLUMNS if factors else 0, rank=problem.rank, shift=problem.shift,
         window_left=problem.left, window_right=problem.right, scale=scale, sharing_q=sharing_q, sharing_k=sharing_k,
         shape=None, flat=lambda t: t, centring=centring, is_tile_centred=problem.centred,
-        summable=Summable.of(factors.raw_k, torch.float32) if factors and problem.sums_columns else None,
     )  # fmt: skip
     rows = cdiv(problem.n, SLAB) * SLAB
     lse2 = torch.full((b * h, rows), math.inf)
@@ -264,7 +263,7 @@ def computed(problem: Problem, leaves: dict[str, Tensor], scale: float, dout: Te
 
     device = Device(seed)
     config = replace(problem.config, is_centred=problem.centred)
-    with on_host(device, (fused, wide, tiles, kernel_scores)) as patch:
+    with on_host(device, (fused, wide, walks, tiles, kernel_scores)) as patch:
         patch.setattr(backward, "multiprocessors", lambda _: problem.programs)
         patch.setattr(backward.portable, "rows_of", lambda *_: (lse2, deltas))
         patch.setattr(backward, "descriptor", lambda t, r, c: Box(t, r, c))

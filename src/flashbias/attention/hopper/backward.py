@@ -18,11 +18,13 @@ from flashbias.attention.hopper.configs import NARROWEST, ROWS, SLAB, BackwardCo
 from flashbias.attention.hopper.fused import _bwd_kernel
 from flashbias.attention.hopper.operands import (
     HopperOperands,
+    Summable,
     addressable,
     descriptor,
     is_addressable,
     layout_of,
     matrix,
+    or_nothing,
 )
 from flashbias.attention.hopper.schedule import Band, Schedule, banded
 from flashbias.attention.hopper.wide import _bwd_wide_kernel
@@ -133,8 +135,9 @@ def launch_as(
     k, v = descriptor(ops.k, ROWS, ops.block_d), descriptor(ops.v, ROWS, ops.block_dv)
     pq = q if factors is None else descriptor(factors.phi_q, SLAB, ops.columns)
     pk = k if factors is None else descriptor(factors.phi_k, ROWS, ops.columns)
-    # From centres by tile dphi_q is summed in columns of their own.
-    summable = ops.summable if dpq is not None and ops.is_tile_centred else None
+    summable = None
+    if config.is_centred and dpq is not None and factors is not None:
+        summable = Summable.of(factors.raw_k, ops.q.dtype)
     sum_box = pk if summable is None else descriptor(summable.columns, ROWS, block_g)
     dq_box = slabs.box_of(dq)
     dpq_box = dq_box if dpq is None else slabs.box_of(dpq)
@@ -147,8 +150,9 @@ def launch_as(
             "KV_STAGES": config.kv_stages, "SUM_REGISTERS": config.sum_registers,
         }  # fmt: skip
         kernel = _bwd_kernel
+    centring = or_nothing(lse2, ops.centring.phi_q, ops.centring.centres)
     start(
-        kernel, (schedule.programs,), q, k, v, do, pq, pk, sum_box, lse2, delta, *ops.centring.given(lse2), dq_box,
+        kernel, (schedule.programs,), q, k, v, do, pq, pk, sum_box, lse2, delta, *centring, dq_box,
         descriptor(dk, ROWS, ops.block_d), descriptor(dv, ROWS, ops.block_dv), dpq_box, dpk_box,
         schedule.units, pairs, schedule.heads, blocks, ops.num_heads, ops.group, dq.shape[1], lse2.shape[-1],
         ops.seqlen_q, ops.seqlen_k, ops.shift, ops.window_left, ops.window_right, ops.scale, *ops.sharing_q.sizes,
@@ -185,15 +189,21 @@ def launch_as(
             ops.flat(grad).copy_(made)
     if apart and factors is not None and (need_phi_q or need_phi_k):
         shared.launch(ops, (factors.phi_q, factors.phi_k), (sum_q, sum_k), dout, lse2, delta)
-    if summable is not None and dpq is not None:
-        sums = dpq.new_empty(1, dpq.shape[0], ops.seqlen_q, block_g)
-        slabs.unfold(dpq, sums, 1.0)
-        grads[3].view(sums.shape[1], -1, rank).copy_(summable.gradient(sums[0], ops.centring.references(ops.seqlen_q)))
-    elif dpq is not None:
-        slabs.unfold(dpq, grads[3].view(1, dpq.shape[0], -1, rank), 1.0)
+    if dpq is not None:
+        _unfold_dphi_q(ops, dpq, summable, grads[3].view(1, dpq.shape[0], -1, rank))
     for grad, sums in ((grads[3], sum_q), (grads[4], sum_k)):
         if sums is not None:
             grad.view(-1, sums.shape[1], rank).copy_(sums[..., :rank])
+
+
+def _unfold_dphi_q(ops: HopperOperands, sums: Tensor, summable: Summable | None, grad: Tensor) -> None:
+    """Bring slabs to the gradient `[1, F_q, N, R]`; beside centres by tile they are sums of other columns."""
+    if summable is None:
+        slabs.unfold(sums, grad, 1.0)
+        return
+    columns = sums.new_empty(*grad.shape[:-1], summable.columns.shape[-1])
+    slabs.unfold(sums, columns, 1.0)
+    grad.copy_(summable.gradient(columns, ops.centring.references(ops.seqlen_q)))
 
 
 def schedule_of(config: BackwardConfig, ops: HopperOperands) -> tuple[Schedule, int, int]:

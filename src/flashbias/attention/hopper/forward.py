@@ -9,7 +9,15 @@ import torch
 from flashbias.attention.hopper.configs import ROWS, Config, forward_config, holds_output, tail_of
 from flashbias.attention.hopper.join import join
 from flashbias.attention.hopper.online import _fwd_kernel
-from flashbias.attention.hopper.operands import HALF_BYTES, HopperOperands, Shape, descriptor, matrix, packed
+from flashbias.attention.hopper.operands import (
+    HALF_BYTES,
+    HopperOperands,
+    Shape,
+    descriptor,
+    matrix,
+    or_nothing,
+    packed,
+)
 from flashbias.attention.hopper.schedule import Band, Schedule, banded, jagged, unbanded
 from flashbias.attention.layout import cdiv
 from flashbias.attention.triton.assembler import soundly_assembled
@@ -49,8 +57,8 @@ def launch_as(config: Config, ops: HopperOperands, out: torch.Tensor, lse: torch
         parts_lse = lse.new_empty(parts.shape[:2])
     start(
         _fwd_kernel, (schedule.programs,), q, k, v, o, pq, pk, lse, parts, parts_lse,
-        *_or(lse, ops.table_over_scale, ops.code_q, ops.code_k, terms),
-        *_or(lse, ops.centring.phi_q, ops.centring.centres, ops.cu_seqlens_q, ops.cu_seqlens_k, counter),
+        *or_nothing(lse, ops.table_over_scale, ops.code_q, ops.code_k, terms),
+        *or_nothing(lse, ops.centring.phi_q, ops.centring.centres, ops.cu_seqlens_q, ops.cu_seqlens_k, counter),
         *numbers, ops.scale, *ops.sharing_q.sizes, *ops.sharing_k.sizes, *ops.table_sizes,
         0 if terms is None else terms.stride(0), *ops.sharing_mask.sizes, *ops.centring.sizes,
         q_layout=matrix(q), k_layout=matrix(k), v_layout=matrix(v), pq_layout=matrix(pq), pk_layout=matrix(pk),
@@ -59,11 +67,6 @@ def launch_as(config: Config, ops: HopperOperands, out: torch.Tensor, lse: torch
     )  # fmt: skip
     if schedule.is_split:
         join(schedule, parts, parts_lse, out_flat, lse, cdiv(ops.seqlen_q, config.block_m))
-
-
-def _or(nothing: torch.Tensor, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-    """The tensors, with one that is never read in place of those that are missing."""
-    return tuple(nothing if x is None else x for x in tensors)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -31,6 +31,7 @@ __all__ = [
     "is_addressable",
     "layout_of",
     "matrix",
+    "or_nothing",
     "packed",
 ]
 
@@ -101,10 +102,6 @@ class Centring(NamedTuple):
         if self.phi_q is None or self.centres is None:
             return (0,) * 5
         return *self.phi_q.stride(), self.centres.stride(0), self.tiles
-
-    def given(self, nothing: Tensor) -> tuple[Tensor, Tensor]:
-        """phi_q and centres, with a tensor that is never read in place of those that are missing."""
-        return (nothing, nothing) if self.phi_q is None or self.centres is None else (self.phi_q, self.centres)
 
     def references(self, seqlen_q: int) -> Tensor:
         """From what the scores of each query are measured, `[F_k, N, R]`."""
@@ -235,12 +232,6 @@ class HopperOperands(Operands):
         centres = packing.centre_of(self.factors.raw_k, starts, packing.CENTRE_TILE).contiguous()
         return Centring(self.factors.raw_q, centres, len(tiles))
 
-    @functools.cached_property
-    def summable(self) -> Summable:
-        """What dphi_q is a sum of beside centres by tile."""
-        assert self.factors is not None
-        return Summable.of(self.factors.raw_k, self.q.dtype)
-
     @property
     def has_portable_gradients(self) -> bool:
         """Whether the fused backward pass lacks something that the forward pass can do."""
@@ -272,6 +263,11 @@ class HopperOperands(Operands):
 def _padding(ranks: tuple[int, ...], width: int, device: torch.device) -> Tensor:
     """`[H, 1, R]`, True in the columns that a head lacks."""
     return torch.arange(width, device=device) >= on_device(ranks, device, torch.int32)[:, None, None]
+
+
+def or_nothing(nothing: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """The tensors, with one that is never read in place of those that are missing."""
+    return tuple(nothing if x is None else x for x in tensors)
 
 
 def descriptor(x: Tensor, rows: int, columns: int) -> Any:

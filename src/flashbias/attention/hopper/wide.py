@@ -9,7 +9,6 @@ dphi_q.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportReturnType=false
 # pyright: reportAssignmentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
 
-from flashbias.attention.hopper.fused import LINE, key_tile_of, produce, turn_of, turned_tile, weights
 from flashbias.attention.hopper.gluon import (
     fence_async_shared,
     gl,
@@ -22,6 +21,7 @@ from flashbias.attention.hopper.gluon import (
     warpgroup_mma_wait,
 )
 from flashbias.attention.hopper.tiles import ROWS, SLAB, own_index, query_tiles, turns_of, unit_of
+from flashbias.attention.hopper.walks import LINE, key_tile_of, produce, turn_of, turned_tile, weights
 from flashbias.attention.triton.scores import LOG2E
 
 
