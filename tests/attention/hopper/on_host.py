@@ -433,6 +433,11 @@ def on_host(device: Device, modules: Sequence[ModuleType]) -> Iterator[pytest.Mo
         yield patch
 
 
+def _held(x: Any) -> Any:
+    """An argument as kernels get it."""
+    return Pointer(x) if isinstance(x, Tensor) else Int(x) if type(x) is int else x
+
+
 class Launched:
     """A kernel that runs on the host, program after program."""
 
@@ -441,11 +446,10 @@ class Launched:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*arguments: Any, **constants: Any) -> None:
-            held = [
-                Pointer(x) if isinstance(x, Tensor) else Int(x) if type(x) is int else x for x in arguments
-            ]  # fmt: skip
+            held = [_held(x) for x in arguments]
             for name in ("num_warps", "maxnreg"):
                 constants.pop(name)
+            constants |= {name: _held(x) for name, x in constants.items() if name.islower()}
             for program in range(grid[0]):
                 self.device.program, self.device.programs = Int(program), Int(grid[0])
                 self.function(*held, **constants)

@@ -51,6 +51,8 @@ class Problem:
     programs: int = 2
     shift: int = 0
     centred: bool = False  # tile by tile
+    half: int = 0  # entries of a table on each side of the middle one
+    codes: bool = False  # of the table, not positions
 
     def __str__(self) -> str:
         return self.name
@@ -134,6 +136,12 @@ PROBLEMS = [
         shift=270,
         centred=True,
     ),
+    Problem("table of positions", narrow(), 200, 330, rank=0, half=40, batch=2),
+    Problem("table of positions, grouped heads, causal", narrow(), 300, 300, heads=4, half=130, right=0),
+    Problem("table with codes", narrow(stages=1), 130, 200, rank=0, half=12, codes=True),
+    Problem("table with codes, factors", narrow(3), 70, 230, half=7, codes=True, batch=2, shares=True),
+    Problem("table with codes, window", narrow(), 150, 170, half=9, codes=True, left=30, right=50, learns=False),
+    Problem("table, centres", narrow(), 140, 300, half=50, centred=True, shift=160),
     Problem("centres, frozen phi_q", narrow(), 140, 300, rank=8, heads=4, batch=2, freezes_phi_q=True, centred=True),
     Problem(
         "centres, frozen phi_q, three warpgroups",
@@ -163,6 +171,16 @@ def leaves_of(problem: Problem) -> dict[str, Tensor]:
     }
 
 
+def table_of(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """A table of each head, `[H, 2 half + 1]`, and codes of queries and keys: positions, or some that lie apart."""
+    generator = torch.Generator().manual_seed(1)
+    table = torch.randn(problem.heads, 2 * problem.half + 1, generator=generator, dtype=torch.float64)
+    if not problem.codes:
+        return table, torch.arange(problem.n), torch.arange(problem.m)
+    code_q, code_k = (torch.randint(-20, 20, (n,), generator=generator) for n in (problem.n, problem.m))
+    return table, code_q, code_k
+
+
 def expected(
     problem: Problem, leaves: dict[str, Tensor], scale: float, dout: Tensor
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
@@ -173,6 +191,10 @@ def expected(
         for name in ("k", "v", "phi_k")
     }
     scores = scale * x["q"] @ repeated["k"].mT + x["phi_q"] @ repeated["phi_k"].mT
+    table, code_q, code_k = table_of(problem)
+    if problem.half:
+        entry = (code_k - code_q[:, None]).clamp(-problem.half, problem.half) + problem.half
+        scores = scores + table[:, entry]
     gap = torch.arange(problem.m) - torch.arange(problem.n)[:, None] - problem.shift
     keep = torch.ones(problem.n, problem.m, dtype=torch.bool)
     keep = keep & (gap <= problem.right) if problem.right >= 0 else keep
@@ -246,12 +268,17 @@ def computed(problem: Problem, leaves: dict[str, Tensor], scale: float, dout: Te
     sharing_q, sharing_k = Sharing(1, members, own * h, 1), Sharing(1, members, own * hk, group)
     if problem.one_phi_k:
         sharing_k = Sharing(1, b * h, 1, 1)
+    table, code_q, code_k = table_of(problem)
+    has_codes = problem.half > 0 and problem.codes
     ops: Any = SimpleNamespace(
         q=x["q"], k=x["k"], v=x["v"], factors=factors, batch=b, num_heads=h, group=group, seqlen_q=problem.n,
         seqlen_k=problem.m, head_dim=problem.width, head_dim_v=problem.width_v, block_d=problem.width,
         block_dv=problem.width_v, columns=COLUMNS if factors else 0, rank=problem.rank, shift=problem.shift,
         window_left=problem.left, window_right=problem.right, scale=scale, sharing_q=sharing_q, sharing_k=sharing_k,
         shape=None, flat=lambda t: t, centring=centring, is_tile_centred=problem.centred,
+        table=table.float() if problem.half else None, code_q=code_q.int() if has_codes else None,
+        code_k=code_k.int() if has_codes else None, table_sizes=(table.stride(0), problem.half),
+        table_over_scale=(table / scale).float() if problem.half else None,
     )  # fmt: skip
     rows = cdiv(problem.n, SLAB) * SLAB
     lse2 = torch.full((b * h, rows), math.inf)

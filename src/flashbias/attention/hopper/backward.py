@@ -30,10 +30,10 @@ from flashbias.attention.hopper.schedule import Band, Schedule, banded
 from flashbias.attention.hopper.wide import _bwd_wide_kernel
 from flashbias.attention.layout import cdiv
 from flashbias.attention.triton import backward as portable
-from flashbias.attention.triton import shared, window
+from flashbias.attention.triton import shared, table, window
 from flashbias.attention.triton.assembler import soundly_assembled
 from flashbias.attention.triton.launcher import start
-from flashbias.attention.triton.operands import flattened, multiprocessors
+from flashbias.attention.triton.operands import flattened, multiprocessors, strides_of
 
 __all__ = ["launch"]
 
@@ -76,7 +76,9 @@ def chosen(ops: HopperOperands, needs_grad: tuple[bool, ...]) -> BackwardConfig 
     block_g = columns_of(ops.rank) if needs_phi and not are_summed_apart(ops) else 0
     if is_slower(ops, block_g):
         return None
-    return backward_config(ops.block_d, ops.block_dv, ops.columns, block_g, ops.is_tile_centred)
+    return backward_config(
+        ops.block_d, ops.block_dv, ops.columns, block_g, ops.is_tile_centred, ops.table is not None
+    )  # fmt: skip
 
 
 def is_summable(ops: HopperOperands) -> bool:
@@ -87,8 +89,8 @@ def is_summable(ops: HopperOperands) -> bool:
 def are_summed_apart(ops: HopperOperands) -> bool:
     """Whether gradients of factors come from the kernel for wide, shared ones."""
     is_wide = ops.rank > WIDEST_BESIDE and ops.sharing_q.members >= FEWEST_MEMBERS
-    # That kernel knows no offsets of tiles.
-    return is_wide and not ops.is_tile_centred and shared.is_possible(ops)
+    # That kernel knows no offsets of tiles, and no tables.
+    return is_wide and not ops.is_tile_centred and ops.table is None and shared.is_possible(ops)
 
 
 def _is_one_for_each_group(ops: HopperOperands) -> bool:
@@ -148,7 +150,11 @@ def launch_as(
         own = {
             "HOLDS_PHI": config.holds_phi, "HAS_IDLE": cdiv(ops.seqlen_k, ROWS) % config.consumers > 0,
             "KV_STAGES": config.kv_stages, "SUM_REGISTERS": config.sum_registers,
+            "HAS_TABLE": ops.table is not None, "HAS_CODES": ops.code_q is not None,
         }  # fmt: skip
+        codes = or_nothing(lse2, ops.table_over_scale, ops.code_q, ops.code_k)
+        own |= dict(zip(("table_ptr", "code_q_ptr", "code_k_ptr"), codes, strict=True))
+        own |= dict(zip(("stride_table", "half_table"), ops.table_sizes, strict=True))
         kernel = _bwd_kernel
     centring = or_nothing(lse2, ops.centring.phi_q, ops.centring.centres)
     start(
@@ -187,6 +193,9 @@ def launch_as(
     for grad, made in ((grads[1], dk), (grads[2], dv)):
         if grad.numel() and ops.flat(grad).data_ptr() != made.data_ptr():
             ops.flat(grad).copy_(made)
+    if needs_grad[5]:
+        rows = {"dout_ptr": dout, "lse_ptr": lse2, "delta_ptr": delta, "stride_lse": lse2.shape[-1]}
+        table.launch(ops.portable(), grads[5], dout, dlse, rows | strides_of("do", dout))
     if apart and factors is not None and (need_phi_q or need_phi_k):
         shared.launch(ops, (factors.phi_q, factors.phi_k), (sum_q, sum_k), dout, lse2, delta)
     if dpq is not None:

@@ -216,7 +216,7 @@ class BackwardConfig:
 
 
 def backward_config(
-    block_d: int, block_dv: int, block_r: int, block_g: int, is_centred: bool = False
+    block_d: int, block_dv: int, block_r: int, block_g: int, is_centred: bool = False, has_table: bool = False
 ) -> BackwardConfig | None:
     """Pick the tile shape of the fused backward pass; None where there is none.
 
@@ -229,14 +229,15 @@ def backward_config(
         block_r: packed columns of the factors, 0 without.
         block_g: columns of the factors' gradients, 0 where none is needed.
         is_centred: whether phi_k is centred tile by tile.
+        has_table: whether scores start from entries of a table, whose addresses take registers too.
     """
     width = max(block_d, block_dv)
     is_wide = width > ROWS
     if is_wide and block_d <= ROWS:
         return None
     config = BackwardConfig(
-        # Wider sums of dphi_k leave three warpgroups too few registers.
-        consumers=3 if max(width, block_g) <= NARROWEST else 2,
+        # Wider sums of dphi_k, and addresses, leave three warpgroups too few registers.
+        consumers=3 if max(width, block_g) <= NARROWEST and not has_table else 2,
         stages=3 if NARROWEST < width <= 32 else 2,
         kv_stages=1 if is_wide else 2,
         is_wide=is_wide,

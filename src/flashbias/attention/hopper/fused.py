@@ -32,15 +32,24 @@ from flashbias.attention.hopper.gluon import (
 )
 from flashbias.attention.hopper.scores import CENTRE_TILE
 from flashbias.attention.hopper.tiles import ROWS, SLAB, own_index, query_tiles, turns_of, unit_of
-from flashbias.attention.hopper.walks import LINE, key_tile_of, produce, turn_of, turned_tile, weights
+from flashbias.attention.hopper.walks import (
+    LINE,
+    first_terms_of_keys,
+    key_codes,
+    key_tile_of,
+    produce,
+    turn_of,
+    turned_tile,
+    weights,
+)
 from flashbias.attention.triton.scores import LOG2E
 
 
 @jit
 def _walk(
-    w: gl.constexpr, dk, dv, dphi, step, first, count, turned, start_n, centre, k, v, pk, q_smem, do_smem, pq_smem,
-    ds_smem, lse_smem, delta_smem, q_full, q_empty, ds_full, ds_empty, seqlen_k, shift, left, right, qk_scale,
-    IS_EDGE: gl.constexpr, HAS_TAIL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    w: gl.constexpr, dk, dv, dphi, step, first, count, turned, start_n, centre, k, v, pk, table_ptr, k_code, code_q_ptr,
+    half_table, q_smem, do_smem, pq_smem, ds_smem, lse_smem, delta_smem, q_full, q_empty, ds_full, ds_empty, seqlen_q,
+    seqlen_k, shift, left, right, qk_scale, HAS_TABLE: gl.constexpr, HAS_CODES: gl.constexpr, IS_EDGE: gl.constexpr, HAS_TAIL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
     HAS_PHI: gl.constexpr, SUM_DPK: gl.constexpr, CENTRES: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr,
     BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr, q_layout: gl.constexpr,
     do_layout: gl.constexpr, pq_layout: gl.constexpr, CONSUMERS: gl.constexpr,
@@ -54,12 +63,14 @@ def _walk(
         stage = step % STAGES
         half = step & 1
         start_m = turned_tile(first, n, count, turned) * SLAB
+        # Read while the queries are on their way.
+        s = first_terms_of_keys(table_ptr, k_code, code_q_ptr, start_m, start_n, seqlen_q, half_table, HAS_TABLE, HAS_CODES)
         mbarrier.wait(q_full.index(stage), (step // STAGES) & 1)
         q = q_smem.index(stage)._reinterpret(q_smem.dtype, [SLAB, BLOCK_D], q_layout)
         do = do_smem.index(stage)._reinterpret(do_smem.dtype, [SLAB, BLOCK_DV], do_layout)
         pq = q
         zero = gl.zeros([ROWS, SLAB], gl.float32, s_layout)
-        s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+        s = warpgroup_mma(k, q.permute((1, 0)), s, use_acc=HAS_TABLE, is_async=True)
         if HAS_PHI:
             pq = pq_smem.index(stage)._reinterpret(pq_smem.dtype, [SLAB, BLOCK_R], pq_layout)
             s = warpgroup_mma(pk, pq.permute((1, 0)), s, is_async=True)
@@ -169,10 +180,11 @@ def _sum_over_keys(
 
 @jit
 def _consume(
-    w: gl.constexpr, dk_desc, dv_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, ds_smem, lse_smem,
+    w: gl.constexpr, dk_desc, dv_desc, dpk_desc, table, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, ds_smem, lse_smem,
     delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty, ds_full, ds_empty, units, pairs, heads,
     num_blocks, num_heads, group, seqlen_q, seqlen_k, shift, left, right, scale, pk_s1, pk_v2, pk_s2,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_TAIL: gl.constexpr, HAS_PHI: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_TAIL: gl.constexpr, HAS_TABLE: gl.constexpr,
+    HAS_CODES: gl.constexpr, HAS_PHI: gl.constexpr,
     SUM_DPK: gl.constexpr, CENTRES: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
     BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr, q_layout: gl.constexpr, k_layout: gl.constexpr,
     v_layout: gl.constexpr, do_layout: gl.constexpr, pq_layout: gl.constexpr, pk_layout: gl.constexpr,
@@ -186,6 +198,7 @@ def _consume(
     dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     dv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     dphi_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_G, 16])
+    table_ptr, stride_table, half_table, code_q_ptr, code_k_ptr = table
     step = 0
     for turn in range(turns_of(units, ALTERNATES)):
         b, hk, block = key_tile_of(
@@ -212,11 +225,17 @@ def _consume(
         centre = 0
         if CENTRES > 1:
             centre = (start_n + w * ROWS) // CENTRE_TILE - start_n // CENTRE_TILE
+        k_code = key_codes(
+            code_k_ptr, start_n + w * ROWS, seqlen_k, HAS_CODES, gl.SliceLayout(1, s_layout)
+        )  # fmt: skip
         # Where this warpgroup has no keys, the others go on without it.
         members = group
         if w > 0 and HAS_IDLE:
             members = gl.where(start_n + w * ROWS < seqlen_k, group, 0)
-        for _ in range(members):
+        for g in range(members):
+            own_table = table_ptr
+            if HAS_TABLE:
+                own_table = table_ptr + (hk * group + g) * stride_table + half_table
             for part in gl.static_range(3):
                 if part == 0:
                     first = lo
@@ -230,8 +249,9 @@ def _consume(
                 if part == 1 or (part == 0 and HAS_RIGHT) or (part == 2 and HAS_LEFT):
                     dk, dv, dphi, step = _walk(
                         w, dk, dv, dphi, step, first, count, turn_of(block, num_blocks, count, HAS_LEFT or HAS_RIGHT),
-                        start_n + w * ROWS, centre, k, v, pk, q_smem, do_smem, pq_smem, ds_smem, lse_smem,
-                        delta_smem, q_full, q_empty, ds_full, ds_empty, seqlen_k, shift, left, right, scale * LOG2E,
+                        start_n + w * ROWS, centre, k, v, pk, own_table, k_code, code_q_ptr, half_table, q_smem, do_smem,
+                        pq_smem, ds_smem, lse_smem, delta_smem, q_full, q_empty, ds_full, ds_empty, seqlen_q, seqlen_k,
+                        shift, left, right, scale * LOG2E, HAS_TABLE, HAS_CODES,
                         part != 1, HAS_TAIL, HAS_LEFT, HAS_RIGHT, HAS_PHI, SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV,
                         BLOCK_R, BLOCK_G, q_layout, do_layout, pq_layout, CONSUMERS,
                     )  # fmt: skip
@@ -260,15 +280,15 @@ def _consume(
     do_not_specialize=[
         "units", "pairs", "heads", "num_blocks", "num_heads", "group", "slabs", "stride_rows", "seqlen_q", "seqlen_k",
         "shift", "left", "right", "pq_s1", "pq_v2", "pq_s2", "pk_s1", "pk_v2", "pk_s2", "stride_pf", "stride_pn",
-        "stride_pr", "stride_c", "references",
+        "stride_pr", "stride_c", "references", "stride_table", "half_table",
     ]
 )  # fmt: skip
 def _bwd_kernel(
     q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, sum_desc, lse_ptr, delta_ptr, phi_q_ptr, centre_ptr, dq_desc,
     dk_desc, dv_desc, dpq_desc, dpk_desc, units, pairs, heads, num_blocks, num_heads, group, slabs, stride_rows,
     seqlen_q, seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, stride_pf, stride_pn,
-    stride_pr, stride_c, references, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_TAIL: gl.constexpr,
-    HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr, SUM_DPK: gl.constexpr, RANK: gl.constexpr, STAGES: gl.constexpr,
+    stride_pr, stride_c, references, table_ptr, stride_table, half_table, code_q_ptr, code_k_ptr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    HAS_TAIL: gl.constexpr, HAS_TABLE: gl.constexpr, HAS_CODES: gl.constexpr, HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr, SUM_DPK: gl.constexpr, RANK: gl.constexpr, STAGES: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr,
     HOLDS_PHI: gl.constexpr, HAS_IDLE: gl.constexpr, CONSUMERS: gl.constexpr, KV_STAGES: gl.constexpr,
     ALTERNATES: gl.constexpr, REGISTERS: gl.constexpr, SUM_REGISTERS: gl.constexpr,
@@ -326,23 +346,24 @@ def _bwd_kernel(
     fence_async_shared()
     owners_q = (pq_s1, pq_v2, pq_s2)
     owners_k = (pk_s1, pk_v2, pk_s2)
+    table = (table_ptr, stride_table, half_table, code_q_ptr, code_k_ptr)
     centring = (phi_q_ptr, stride_pf, stride_pn, stride_pr, centre_ptr, stride_c, references, owners_q, owners_k)
     # Partitions take their arguments one by one: in a tuple of its own a constant would become a tensor.
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume, (0, dk_desc, dv_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, ds_smem,
+                (_consume, (0, dk_desc, dv_desc, dpk_desc, table, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, ds_smem,
                             lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty,
                             ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, seqlen_q, seqlen_k,
-                            shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI,
-                            SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout,
+                            shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_TABLE,
+                            HAS_CODES, HAS_PHI, SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout,
                             v_layout, do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS,
                             KV_STAGES, ALTERNATES)),
-                (_consume, (1, dk_desc, dv_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, ds_smem,
+                (_consume, (1, dk_desc, dv_desc, dpk_desc, table, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, ds_smem,
                             lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty,
                             ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, seqlen_q, seqlen_k,
-                            shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI,
-                            SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout,
+                            shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_TABLE,
+                            HAS_CODES, HAS_PHI, SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout,
                             v_layout, do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS,
                             KV_STAGES, ALTERNATES)),
                 (_sum_over_keys, (dq_desc, dpq_desc, k_smem, sum_smem, ds_smem, dq_smem, dpq_smem, kv_full, kv_empty,
@@ -363,25 +384,25 @@ def _bwd_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume, (0, dk_desc, dv_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, ds_smem,
+                (_consume, (0, dk_desc, dv_desc, dpk_desc, table, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, ds_smem,
                             lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty,
                             ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, seqlen_q, seqlen_k,
-                            shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI,
-                            SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout,
+                            shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_TABLE,
+                            HAS_CODES, HAS_PHI, SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout,
                             v_layout, do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS,
                             KV_STAGES, ALTERNATES)),
-                (_consume, (1, dk_desc, dv_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, ds_smem,
+                (_consume, (1, dk_desc, dv_desc, dpk_desc, table, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, ds_smem,
                             lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty,
                             ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, seqlen_q, seqlen_k,
-                            shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI,
-                            SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout,
+                            shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_TABLE,
+                            HAS_CODES, HAS_PHI, SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout,
                             v_layout, do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS,
                             KV_STAGES, ALTERNATES)),
-                (_consume, (2, dk_desc, dv_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, ds_smem,
+                (_consume, (2, dk_desc, dv_desc, dpk_desc, table, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, ds_smem,
                             lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty,
                             ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, seqlen_q, seqlen_k,
-                            shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI,
-                            SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout,
+                            shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_TABLE,
+                            HAS_CODES, HAS_PHI, SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout,
                             v_layout, do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS,
                             KV_STAGES, ALTERNATES)),
                 (_sum_over_keys, (dq_desc, dpq_desc, k_smem, sum_smem, ds_smem, dq_smem, dpq_smem, kv_full, kv_empty,

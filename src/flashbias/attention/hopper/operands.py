@@ -47,6 +47,9 @@ FAR = 2**30
 _ANY = 2**31 - 2**16
 """Size of a dimension in which nothing ends."""
 
+WIDEST_BESIDE_TABLE = 64
+"""Width of heads up to which the fused backward pass looks entries of a table up."""
+
 RANKS = 14
 """Place of `ranks` among the arguments that the operators share; factors are at 3 and 4."""
 
@@ -235,8 +238,9 @@ class HopperOperands(Operands):
     @property
     def has_portable_gradients(self) -> bool:
         """Whether the fused backward pass lacks something that the forward pass can do."""
-        is_wide = max(self.block_d, self.block_dv) > 128
-        return is_wide or self.is_varlen or self.table is not None or self.mask is not None
+        width = max(self.block_d, self.block_dv)
+        is_wide = width > (128 if self.table is None else WIDEST_BESIDE_TABLE)
+        return is_wide or self.is_varlen or self.mask is not None
 
     @functools.cached_property
     def columns(self) -> int:

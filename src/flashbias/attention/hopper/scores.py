@@ -23,20 +23,20 @@ def first_terms(table_ptr, q_code, code_k_ptr, start_m, start_n, seqlen_k, half,
     j = start_n + gl.arange(0, KEYS, gl.SliceLayout(0, s_layout))
     if HAS_CODES:
         k_code = gl.load(code_k_ptr + j, mask=j < seqlen_k, other=0) if HAS_EDGE else gl.load(code_k_ptr + j)
-        return _entries(table_ptr, q_code, k_code, half)
+        return entries(table_ptr, q_code[:, None], k_code[None, :], half)
     # Positions are their own codes: a tile far from the diagonal lies in one tail of the table.
     is_after = start_n - (start_m + ROWS - 1) >= half
     if is_after | (start_n + KEYS - 1 - start_m <= -half):
         s = gl.full([ROWS, KEYS], gl.load(table_ptr + gl.where(is_after, half, -half)), gl.float32, s_layout)
     else:
-        s = _entries(table_ptr, q_code, j, half)
+        s = entries(table_ptr, q_code[:, None], j[None, :], half)
     return s
 
 
 @jit
-def _entries(table_ptr, q_code, k_code, half):
-    """Entries for each pair of codes; the table's first and last one hold for all beyond them."""
-    return gl.load(table_ptr + gl.minimum(gl.maximum(k_code[None, :] - q_code[:, None], -half), half))
+def entries(table_ptr, q_code, k_code, half):
+    """Entries for each pair of codes, one along rows and one along columns; the first and last hold for all beyond."""
+    return gl.load(table_ptr + gl.minimum(gl.maximum(k_code - q_code, -half), half))
 
 
 @jit

@@ -5,7 +5,7 @@
 # pyright: reportAssignmentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
 
 from flashbias.attention.hopper.gluon import gl, jit, load, mbarrier
-from flashbias.attention.hopper.scores import CENTRE_TILE, centring_of, tile_offset
+from flashbias.attention.hopper.scores import CENTRE_TILE, centring_of, entries, tile_offset
 from flashbias.attention.hopper.slabs import LINE as _LINE
 from flashbias.attention.hopper.tiles import ROWS, SLAB, exp2, own_index, place_of, query_tiles, turns_of, unit_of
 
@@ -104,6 +104,31 @@ def key_tile_of(unit, num_blocks, pairs, heads, kv_heads, IS_BANDED: gl.constexp
     """Batch, head of keys and block of keys of a unit; under a causal mask the first blocks are the longest."""
     pair, block = place_of(unit, num_blocks, pairs, heads, IS_BANDED)
     return pair // kv_heads, pair % kv_heads, block
+
+
+@jit
+def key_codes(code_k_ptr, start_n, seqlen_k, HAS_CODES: gl.constexpr, keys: gl.constexpr):
+    """Codes of a warpgroup's keys; positions are their own codes, and keys past the end have that of the last one."""
+    j = gl.minimum(start_n + gl.arange(0, ROWS, keys), seqlen_k - 1)
+    return gl.load(code_k_ptr + j) if HAS_CODES else j
+
+
+@jit
+def first_terms_of_keys(table_ptr, k_code, code_q_ptr, start_m, start_n, seqlen_q, half, HAS_TABLE: gl.constexpr,
+                        HAS_CODES: gl.constexpr):  # fmt: skip
+    """What scores held keys by queries start from: entries of the table, over scale, or nothing."""
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SLAB, 16])
+    if not HAS_TABLE:
+        return gl.zeros([ROWS, SLAB], gl.float32, s_layout)
+    i = gl.minimum(start_m + gl.arange(0, SLAB, gl.SliceLayout(0, s_layout)), seqlen_q - 1)
+    if HAS_CODES:
+        return entries(table_ptr, gl.load(code_q_ptr + i)[None, :], k_code[:, None], half)
+    is_after = start_n - (start_m + SLAB - 1) >= half
+    if is_after | (start_n + ROWS - 1 - start_m <= -half):
+        s = gl.full([ROWS, SLAB], gl.load(table_ptr + gl.where(is_after, half, -half)), gl.float32, s_layout)
+    else:
+        s = entries(table_ptr, i[None, :], k_code[:, None], half)
+    return s
 
 
 @jit

@@ -23,6 +23,7 @@ from flashbias.attention.triton.operands import Operands, multiprocessors, walk_
 from flashbias.attention.triton.products import product
 from flashbias.attention.triton.scores import (
     LOG2E,
+    add_table,
     chunked_bias,
     load_codes,
     rescaled,
@@ -154,9 +155,23 @@ def _bwd_dtable_kernel(
     offs_dv = tl.arange(0, BLOCK_DV)
     offs_r = tl.arange(0, BLOCK_R)
     fixed = tl.load(fixed_ptr)
-    ds_sum = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    sum_ptr += walk * (2 * half + 1)
     q_code = offs_m
     k_code = offs_n
+    terms = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    if not IS_VARLEN:
+        # A branch within the walk would keep loads of the next members from being ahead.
+        shift = seqlen_k - seqlen_q if BOTTOM_RIGHT else 0
+        if not _is_visible(start_m, start_n, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N):
+            return
+        # All members have these codes and this table.
+        q_code = load_codes(code_q_ptr, start_m, offs_m, seqlen_q, HAS_CODES)
+        k_code = load_codes(code_k_ptr, start_n, offs_n, seqlen_k, HAS_CODES)
+        h = tl.cast(member_of(walk, 0, walk_s1, walk_v2, walk_s2) % num_heads, tl.int64)
+        terms = add_table(
+            terms, table_ptr + h * stride_table, q_code, k_code, q_code[:, None], k_code[None, :], half
+        )  # fmt: skip
+    ds_sum = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
 
     first_member = split * members_per_split
     for member in tl.range(first_member, tl.minimum(first_member + members_per_split, num_members)):
@@ -164,13 +179,10 @@ def _bwd_dtable_kernel(
         b, h, own, base_q, base_k, n_q, n_k, row_lse, shift = locate(
             bh, num_heads, seqlen_q, seqlen_k, stride_lse, cu_q_ptr, cu_k_ptr, IS_VARLEN, BOTTOM_RIGHT
         )
-        nearest = start_n - (start_m + BLOCK_M - 1) - shift
-        farthest = start_n + BLOCK_N - 1 - start_m - shift
-        visible = (start_m < n_q) & (start_n < n_k)
-        if HAS_RIGHT:
-            visible = visible & (nearest <= right)
-        if HAS_LEFT:
-            visible = visible & (farthest >= -left)
+        visible = True
+        if IS_VARLEN:
+            visible = (start_m < n_q) & (start_n < n_k)
+            visible &= _is_visible(start_m, start_n, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N)
         if visible:
             q_base = q_ptr + b * stride_qb + h * stride_qh + base_q * stride_qn
             k_base = k_ptr + b * stride_kb + (h // group) * stride_kh + base_k * stride_kn
@@ -237,32 +249,57 @@ def _bwd_dtable_kernel(
             else:
                 s = scores(q, tl.trans(k), phi_q, phi_k, inv_scale, HAS_PHI, PHI_MODE, PRECISION, INTERPRETED)
             dp = product(do, tl.trans(v), None, PRECISION, INTERPRETED)
-            q_codes = code_q_ptr
-            k_codes = code_k_ptr
-            if HAS_CODES:
-                q_codes = code_q_ptr + base_q
-                k_codes = code_k_ptr + base_k
-            q_code = load_codes(q_codes, start_m, offs_m, n_q, HAS_CODES)
-            k_code = load_codes(k_codes, start_n, offs_n, n_k, HAS_CODES)
+            if IS_VARLEN:
+                q_codes = code_q_ptr
+                k_codes = code_k_ptr
+                if HAS_CODES:
+                    q_codes = code_q_ptr + base_q
+                    k_codes = code_k_ptr + base_k
+                q_code = load_codes(q_codes, start_m, offs_m, n_q, HAS_CODES)
+                k_code = load_codes(k_codes, start_n, offs_n, n_k, HAS_CODES)
+                terms = add_table(
+                    tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32), table_ptr + h * stride_table, q_code, k_code,
+                    q_code[:, None], k_code[None, :], half,
+                )  # fmt: skip
             mask_base = mask_ptr
             if HAS_MASK:
                 mask_base = mask_ptr + tl.cast(group_of(own, mask_s1, mask_v2, mask_s2), tl.int64) * stride_mask_f
+            # Terms are in units of log 2, as the log-sum-exp is: what scores are measured from, less the entry.
             p, ds = weights_and_gradients(
-                s, dp, lse2[:, None], delta[:, None], q_code, k_code, (start_m + offs_m)[:, None],
+                s, dp, lse2[:, None] - terms, delta[:, None], q_code, k_code, (start_m + offs_m)[:, None],
                 (start_n + offs_n)[None, :], q_code[:, None], k_code[None, :], offset, table_ptr + h * stride_table,
                 mask_base, seed_ptr, bh, n_q, n_k, half, shift, left, right, scale * LOG2E, dropout_p,
-                stride_mask_m, stride_mask_n, True, HAS_LEFT, HAS_RIGHT, TILE_CENTRED, HAS_TABLE, HAS_MASK,
+                stride_mask_m, stride_mask_n, True, HAS_LEFT, HAS_RIGHT, TILE_CENTRED, False, HAS_MASK,
                 HAS_DROPOUT,
             )  # fmt: skip
             if IS_VARLEN:
                 # Sequences differ in their codes: each adds its own.
-                _add_entries(sum_ptr + walk * (2 * half + 1), ds * fixed, q_code, k_code, half)
+                _add_entries(sum_ptr, ds * fixed, q_code, k_code, half)
             else:
                 ds_sum += ds
     if not IS_VARLEN:
-        q_code = load_codes(code_q_ptr, start_m, offs_m, seqlen_q, HAS_CODES)
-        k_code = load_codes(code_k_ptr, start_n, offs_n, seqlen_k, HAS_CODES)
-        _add_entries(sum_ptr + walk * (2 * half + 1), ds_sum * fixed, q_code, k_code, half)
+        _add_entries(sum_ptr, ds_sum * fixed, q_code, k_code, half)
+
+
+@triton.jit
+def _is_visible(
+    start_m,
+    start_n,
+    shift,
+    left,
+    right,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Whether the band leaves anything of a tile."""
+    visible = start_m >= 0
+    if HAS_RIGHT:
+        visible &= start_n - (start_m + BLOCK_M - 1) - shift <= right
+    if HAS_LEFT:
+        visible &= start_n + BLOCK_N - 1 - start_m - shift >= -left
+    return visible
 
 
 @triton.jit
@@ -294,7 +331,16 @@ def _fixed_point(ops: Operands, dout: torch.Tensor, dlse: torch.Tensor | None) -
 def launch(
     ops: Operands, grad: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor | None, rows: dict[str, Any]
 ) -> None:
-    """Fill the gradient of the table, `[H or 1, T]`."""
+    """Fill the gradient of the table, `[H or 1, T]`.
+
+    Args:
+        ops: the call.
+        grad: filled.
+        dout: gradient of the output.
+        dlse: gradient of the log-sum-exp, or None.
+        rows: arguments of the kernel for `dout`, log-sum-exp and delta, and `stride_lse` where their rows are longer.
+    """
+    arguments = {**ops.arguments, **rows}
     config = choose("dtable", ops)
     blocks_m = cdiv(ops.max_seqlen_q, config.block_m)
     blocks_n = cdiv(ops.max_seqlen_k, config.block_n)
@@ -307,8 +353,7 @@ def launch(
     start(
         _bwd_dtable_kernel,
         (programs, splits),
-        **ops.arguments,
-        **rows,
+        **arguments,
         sum_ptr=sums,
         fixed_ptr=fixed,
         **walk_sizes(sharing),
