@@ -54,7 +54,7 @@ _HALF = {
         128: Config(64, 64, 4, 2),
     },
     "dq": {32: Config(64, 64, 4, 3, 128), 64: Config(64, 64, 4, 3), 128: Config(128, 64, 8, 3)},
-    "dtable": {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2)},
+    "dtable": {64: Config(64, 64, 4, 3), 128: Config(64, 64, 8, 2)},
     "window": {64: Config(64, 64, 4, 2)},
 }
 _HALF_WIDEST = {

@@ -133,7 +133,11 @@ def _bwd_shared_kernel(
     inside = (start_m + offs_m) < seqlen_q
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     first = tl.program_id(1) * members_per_split
-    for m in range(first, min(first + members_per_split, num_members)):
+    last = min(first + members_per_split, num_members) - 1
+    rows = tl.cast(member_of(f, first, s1, v2, s2), tl.int64) * stride_rows + start_m + offs_m
+    lse = tl.load(lse_ptr + rows, mask=inside, other=float("inf"))
+    delta = tl.load(delta_ptr + rows, mask=inside, other=0.0)
+    for m in range(first, last + 1):
         bh = member_of(f, m, s1, v2, s2)
         head = bh % num_heads
         b, h = tl.cast(bh // num_heads, tl.int64), tl.cast(head, tl.int64)
@@ -154,13 +158,15 @@ def _bwd_shared_kernel(
             v_ptr + b * stride_vb + hk * stride_vh, start_n, offs_n, offs_dv, stride_vn, seqlen_k, head_dim_v, True,
             head_dim_v != BLOCK_DV,
         )  # fmt: skip
-        rows = tl.cast(bh, tl.int64) * stride_rows + start_m + offs_m
-        lse = tl.load(lse_ptr + rows, mask=inside, other=float("inf"))
-        delta = tl.load(delta_ptr + rows, mask=inside, other=0.0)
+        # Those of the next member, while this one is computed: nothing else loads them ahead.
+        rows = tl.cast(member_of(f, min(m + 1, last), s1, v2, s2), tl.int64) * stride_rows + start_m + offs_m
+        next_lse = tl.load(lse_ptr + rows, mask=inside, other=float("inf"))
+        next_delta = tl.load(delta_ptr + rows, mask=inside, other=0.0)
         s = product(q, tl.trans(k), None, PRECISION, INTERPRETED) + bias
         p = tl.exp2(s * qk_scale - lse[:, None])
         dp = product(do, tl.trans(v), None, PRECISION, INTERPRETED)
         total += p * (dp - delta[:, None])
+        lse, delta = next_lse, next_delta
 
     for c in range(0, rank, BLOCK_C):
         cols = c + offs_c

@@ -24,6 +24,7 @@ from flashbias.attention.triton.products import product
 from flashbias.attention.triton.scores import (
     LOG2E,
     add_table,
+    band,
     chunked_bias,
     load_codes,
     rescaled,
@@ -164,17 +165,27 @@ def _bwd_dtable_kernel(
         shift = seqlen_k - seqlen_q if BOTTOM_RIGHT else 0
         if not _is_visible(start_m, start_n, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N):
             return
-        # All members have these codes and this table.
+        # All members have these codes, this table and this band.
         q_code = load_codes(code_q_ptr, start_m, offs_m, seqlen_q, HAS_CODES)
         k_code = load_codes(code_k_ptr, start_n, offs_n, seqlen_k, HAS_CODES)
         h = tl.cast(member_of(walk, 0, walk_s1, walk_v2, walk_s2) % num_heads, tl.int64)
         terms = add_table(
             terms, table_ptr + h * stride_table, q_code, k_code, q_code[:, None], k_code[None, :], half
         )  # fmt: skip
+        seen = band(
+            (start_m + offs_m)[:, None], (start_n + offs_n)[None, :], shift, left, right, HAS_LEFT, HAS_RIGHT, seqlen_q,
+            seqlen_k,
+        )  # fmt: skip
+        terms = tl.where(seen, terms / (scale * LOG2E), float("-inf"))
     ds_sum = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
 
     first_member = split * members_per_split
-    for member in tl.range(first_member, tl.minimum(first_member + members_per_split, num_members)):
+    last_member = tl.minimum(first_member + members_per_split, num_members) - 1
+    lse2, delta = load_rows(lse_ptr, delta_ptr, start_m, offs_m, 0, True)
+    if not IS_VARLEN:
+        row = tl.cast(member_of(walk, first_member, walk_s1, walk_v2, walk_s2), tl.int64) * stride_lse
+        lse2, delta = load_rows(lse_ptr + row, delta_ptr + row, start_m, offs_m, seqlen_q, True)
+    for member in tl.range(first_member, last_member + 1):
         bh = member_of(walk, member, walk_s1, walk_v2, walk_s2)
         b, h, own, base_q, base_k, n_q, n_k, row_lse, shift = locate(
             bh, num_heads, seqlen_q, seqlen_k, stride_lse, cu_q_ptr, cu_k_ptr, IS_VARLEN, BOTTOM_RIGHT
@@ -192,7 +203,14 @@ def _bwd_dtable_kernel(
             k = load_tile(k_base, start_n, offs_n, offs_d, stride_kn, n_k, head_dim, True, PADDED_D)
             v = load_tile(v_base, start_n, offs_n, offs_dv, stride_vn, n_k, head_dim_v, True, PADDED_DV)
             do = load_tile(do_base, start_m, offs_m, offs_dv, stride_don, n_q, head_dim_v, True, PADDED_DV)
-            lse2, delta = load_rows(lse_ptr + row_lse, delta_ptr + row_lse, start_m, offs_m, n_q, True)
+            next_lse2, next_delta = lse2, delta
+            if IS_VARLEN:
+                lse2, delta = load_rows(lse_ptr + row_lse, delta_ptr + row_lse, start_m, offs_m, n_q, True)
+            else:
+                # Those of the next member, while this one is computed.
+                following = member_of(walk, tl.minimum(member + 1, last_member), walk_s1, walk_v2, walk_s2)
+                row = tl.cast(following, tl.int64) * stride_lse
+                next_lse2, next_delta = load_rows(lse_ptr + row, delta_ptr + row, start_m, offs_m, seqlen_q, True)
             phi_q = q
             phi_k = k
             offset = 0.0
@@ -260,16 +278,15 @@ def _bwd_dtable_kernel(
                 terms = add_table(
                     tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32), table_ptr + h * stride_table, q_code, k_code,
                     q_code[:, None], k_code[None, :], half,
-                )  # fmt: skip
+                ) / (scale * LOG2E)  # fmt: skip
             mask_base = mask_ptr
             if HAS_MASK:
                 mask_base = mask_ptr + tl.cast(group_of(own, mask_s1, mask_v2, mask_s2), tl.int64) * stride_mask_f
-            # Terms are in units of log 2, as the log-sum-exp is: what scores are measured from, less the entry.
             p, ds = weights_and_gradients(
-                s, dp, lse2[:, None] - terms, delta[:, None], q_code, k_code, (start_m + offs_m)[:, None],
+                s + terms, dp, lse2[:, None], delta[:, None], q_code, k_code, (start_m + offs_m)[:, None],
                 (start_n + offs_n)[None, :], q_code[:, None], k_code[None, :], offset, table_ptr + h * stride_table,
                 mask_base, seed_ptr, bh, n_q, n_k, half, shift, left, right, scale * LOG2E, dropout_p,
-                stride_mask_m, stride_mask_n, True, HAS_LEFT, HAS_RIGHT, TILE_CENTRED, False, HAS_MASK,
+                stride_mask_m, stride_mask_n, IS_VARLEN or HAS_MASK, HAS_LEFT, HAS_RIGHT, TILE_CENTRED, False, HAS_MASK,
                 HAS_DROPOUT,
             )  # fmt: skip
             if IS_VARLEN:
@@ -277,6 +294,7 @@ def _bwd_dtable_kernel(
                 _add_entries(sum_ptr, ds * fixed, q_code, k_code, half)
             else:
                 ds_sum += ds
+                lse2, delta = next_lse2, next_delta
     if not IS_VARLEN:
         _add_entries(sum_ptr, ds_sum * fixed, q_code, k_code, half)
 
