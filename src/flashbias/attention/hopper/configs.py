@@ -20,6 +20,7 @@ __all__ = [
     "holds_output",
     "ready_columns",
     "tail_of",
+    "width_of",
 ]
 
 NARROWEST = 16
@@ -159,6 +160,11 @@ def tail_of(config: Config, seqlen_k: int) -> int:
 def columns_of(columns: int) -> int:
     """Packed columns as held: a power of two that the matrix unit takes."""
     return max(NARROWEST, 1 << (columns - 1).bit_length())
+
+
+def width_of(head_dim: int) -> int:
+    """Columns of a head that are multiplied: head_dim in whole instructions of the matrix unit."""
+    return -(-head_dim // NARROWEST) * NARROWEST
 
 
 def ready_columns(rank: int, dtype_q: torch.dtype, dtype_k: torch.dtype, scale: float, dtype: torch.dtype) -> int:
