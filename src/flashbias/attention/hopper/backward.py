@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from flashbias.attention.hopper import slabs
-from flashbias.attention.hopper.configs import NARROWEST, ROWS, SLAB, BackwardConfig, backward_config, columns_of
+from flashbias.attention.hopper.configs import (
+    NARROWEST,
+    ROWS,
+    SLAB,
+    BackwardConfig,
+    backward_config,
+    columns_of,
+    width_of,
+)
 from flashbias.attention.hopper.fused import _bwd_kernel
 from flashbias.attention.hopper.operands import (
     HopperOperands,
@@ -169,6 +177,8 @@ def launch_as(
         BLOCK_DV=ops.block_dv,
         BLOCK_R=ops.columns,
         BLOCK_G=block_g,
+        WIDTH_D=width_of(ops.head_dim),
+        WIDTH_DV=width_of(ops.head_dim_v),
         CONSUMERS=config.consumers,
         ALTERNATES=schedule.alternates,
         REGISTERS=config.registers,

@@ -66,6 +66,12 @@ def _sum(width, n, which):
 
 
 @constexpr_function
+def half_columns(width, held, n):
+    """How many columns the n-th warpgroup of two has: a tensor of the sum each, or half of what is held."""
+    return sums_of(width)[n][1] if len(sums_of(width)) == 2 else held // 2
+
+
+@constexpr_function
 def sum_layout(columns):
     """Registers of a sum of 64 rows."""
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
@@ -139,6 +145,15 @@ def scaled(sums, factors, WIDTH: gl.constexpr):
     for n in gl.static_range(sum_count(WIDTH)):
         own = gl.convert_layout(factors, gl.SliceLayout(1, sum_layout(_sum(WIDTH, n, 1))))
         new = new + (sums[n] * own[:, None],)
+    return new
+
+
+@jit
+def times(sums, factor):
+    """All rows times one number."""
+    new = ()
+    for n in gl.static_range(len(sums)):
+        new = new + (sums[n] * factor,)
     return new
 
 
