@@ -158,14 +158,14 @@ def times(sums, factor):
 
 
 @jit
-def store(sums, smem, WIDTH: gl.constexpr):
+def write(sums, smem, WIDTH: gl.constexpr):
     """Write sums to a matrix in shared memory, in its type; what is wider keeps what it held."""
     for n in gl.static_range(sum_count(WIDTH)):
         smem.slice(_sum(WIDTH, n, 0), _sum(WIDTH, n, 1), 1).store(sums[n].to(smem.dtype))
 
 
 @jit
-def store_global(sums, ptr, first, WIDTH: gl.constexpr, STRIDE: gl.constexpr):
+def write_rows(sums, ptr, first, WIDTH: gl.constexpr, STRIDE: gl.constexpr):
     """Write sums to 64 rows, from row `first`, of STRIDE numbers each."""
     for n in gl.static_range(sum_count(WIDTH)):
         row = first + gl.arange(0, ROWS, gl.SliceLayout(1, sum_layout(_sum(WIDTH, n, 1))))

@@ -181,7 +181,7 @@ def _store_rows(acc, lse, o_desc, o_smem, lse_ptr, queries, h, start_m, IS_VARLE
     base_q, own_q, b_q, row_q = queries
     if not O_IN_Q:
         store_wait(0)
-    chunks.store(acc, o_smem._reinterpret(o_smem.dtype, [ROWS, BLOCK_DV], o_smem_layout), WIDTH_DV)
+    chunks.write(acc, o_smem._reinterpret(o_smem.dtype, [ROWS, BLOCK_DV], o_smem_layout), WIDTH_DV)
     fence_async_shared()
     store_rows(o_desc, b_q, h, row_q + start_m, o_smem, IS_VARLEN)
     i = start_m + gl.arange(0, ROWS, rows)
@@ -330,7 +330,7 @@ def _consume(
             o_rows = o_smem.index(w)
         if IS_SPLIT:
             if part >= 0:
-                chunks.store_global(acc, part_ptr, (unit - whole) * BLOCK_M + w * ROWS, WIDTH_DV, BLOCK_DV)
+                chunks.write_rows(acc, part_ptr, (unit - whole) * BLOCK_M + w * ROWS, WIDTH_DV, BLOCK_DV)
                 gl.store(part_lse_ptr + (unit - whole) * BLOCK_M + w * ROWS + gl.arange(0, ROWS, rows), lse)
             else:
                 _store_rows(acc, lse, o_desc, o_rows, own_lse, queries, h, start_m, IS_VARLEN, BLOCK_DV, WIDTH_DV,

@@ -201,8 +201,8 @@ def _consume(
         # The other warpgroup reads these keys until it has made its last part of dq.
         last = step - 1
         mbarrier.wait(ds_empty.index(last & 1), (last >> 1) & 1, pred=step > begin)
-        chunks.store(chunks.times(dk, scale), k, WIDTH_D)
-        chunks.store(dv, v, WIDTH_DV)
+        chunks.write(chunks.times(dk, scale), k, WIDTH_D)
+        chunks.write(dv, v, WIDTH_DV)
         if SUM_DPK:
             store_wait(0)
             own = dpk_smem.index(w)
