@@ -7,7 +7,8 @@ may be next, by a seeded draw. So a run is repeatable, many seeds are many order
 - shared memory is written while a product in flight, or the copy engine, still reads it.
 
 Columns of a box that lie a whole instruction past the end of a row are NaN here, where the copy engine fills in zeros:
-nobody needs to multiply them. Loads of the copy engine write at once, the earliest that they can. Registers, layouts and proxies are not checked.
+nobody needs to multiply them. Loads of the copy engine write at once, the earliest that they can. Registers, layouts
+and proxies are not checked.
 """
 
 from __future__ import annotations
@@ -186,9 +187,7 @@ class View:
         return View(self.cell, self.part, layout, tuple(int(n) for n in shape), self.is_whole)
 
     def slice(self, start: int, length: int, dim: int = 0) -> View:
-        return replace(
-            self, part=lambda x: self.part(x).narrow(dim, int(start), int(length)), is_whole=False
-        )
+        return replace(self, part=lambda x: self.part(x).narrow(dim, int(start), int(length)), is_whole=False)
 
     def permute(self, order: Any) -> View:
         return replace(self, part=lambda x: self.part(x).T)

@@ -125,7 +125,8 @@ def computed(problem: Problem, x: dict[str, Tensor], scale: float, seed: int) ->
     ]
     block_d, block_dv = columns_of(problem.width), columns_of(problem.width_v)
     shape = Shape(
-        h, h, group, n, m, problem.width, problem.width_v, block_d, block_dv, COLUMNS, problem.left, problem.right, int(problem.bottom_right) if sequences else 0, sequences=sequences,
+        h, h, group, n, m, problem.width, problem.width_v, block_d, block_dv, COLUMNS, problem.left,
+        problem.right, int(problem.bottom_right) if sequences else 0, sequences=sequences,
     )  # fmt: skip
     ops: Any = SimpleNamespace(
         shape=shape, q=x["q"][None], k=x["k"][None], v=x["v"][None], block_d=block_d, block_dv=block_dv,

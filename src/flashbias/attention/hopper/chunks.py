@@ -10,6 +10,8 @@ In what follows a head's columns are a tuple, of operands (`chunks_of`) or of su
 # Gluon is untyped: jitted functions take and return what annotations cannot say.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportReturnType=false
 # pyright: reportAssignmentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+# It knows no unpacking inside of a tuple.
+# ruff: noqa: RUF005
 
 from flashbias.attention.hopper.gluon import constexpr_function, gl, jit, warpgroup_mma, warpgroup_mma_wait
 from flashbias.attention.hopper.tiles import ROWS
@@ -84,7 +86,7 @@ def weights_layout(width):
 
 
 @jit
-def chunks(x, WIDTH: gl.constexpr):
+def of(x, WIDTH: gl.constexpr):
     """The first WIDTH columns of a matrix in shared memory."""
     cut = ()
     for n in gl.static_range(chunk_count(WIDTH)):

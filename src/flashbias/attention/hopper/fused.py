@@ -61,11 +61,11 @@ def _walk(
         do = do_smem.index(stage)._reinterpret(do_smem.dtype, [SLAB, BLOCK_DV], do_layout)
         pq = q
         zero = gl.zeros([ROWS, SLAB], gl.float32, s_layout)
-        s = chunks.issue(k, chunks.chunks(q, WIDTH_D), zero, False)
+        s = chunks.issue(k, chunks.of(q, WIDTH_D), zero, False)
         if HAS_PHI:
             pq = pq_smem.index(stage)._reinterpret(pq_smem.dtype, [SLAB, BLOCK_R], pq_layout)
             s = warpgroup_mma(pk, pq.permute((1, 0)), s, is_async=True)
-        dp = chunks.issue(v, chunks.chunks(do, WIDTH_DV), zero, False)
+        dp = chunks.issue(v, chunks.of(do, WIDTH_DV), zero, False)
         s = warpgroup_mma_wait(len(v), deps=[s])
         p = weights(s, lse_smem.index(stage * CENTRES + centre), start_m, start_n, seqlen_k, shift, left, right,
                      qk_scale, IS_EDGE, HAS_TAIL, HAS_LEFT, HAS_RIGHT)  # fmt: skip
@@ -202,9 +202,9 @@ def _consume(
         # First operands from registers: the matrix unit then reads shared memory for the second ones alone.
         place = slot * CONSUMERS + w
         k = k_smem.index(place)._reinterpret(k_smem.dtype, [ROWS, BLOCK_D], k_layout)
-        k = chunks.held(chunks.chunks(k, WIDTH_D), gl.DotOperandLayout(0, s_layout, 2))
+        k = chunks.held(chunks.of(k, WIDTH_D), gl.DotOperandLayout(0, s_layout, 2))
         v = v_smem.index(place)._reinterpret(v_smem.dtype, [ROWS, BLOCK_DV], v_layout)
-        v = chunks.held(chunks.chunks(v, WIDTH_DV), gl.DotOperandLayout(0, s_layout, 2))
+        v = chunks.held(chunks.of(v, WIDTH_DV), gl.DotOperandLayout(0, s_layout, 2))
         pk = k
         if HAS_PHI:
             pk = pk_smem.index(place)._reinterpret(pk_smem.dtype, [ROWS, BLOCK_R], pk_layout)
@@ -273,9 +273,10 @@ def _bwd_kernel(
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr,
     WIDTH_D: gl.constexpr, WIDTH_DV: gl.constexpr, HOLDS_PHI: gl.constexpr, HAS_IDLE: gl.constexpr,
     CONSUMERS: gl.constexpr, KV_STAGES: gl.constexpr, ALTERNATES: gl.constexpr, REGISTERS: gl.constexpr,
-    SUM_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, q_layout: gl.constexpr, k_layout: gl.constexpr, v_layout: gl.constexpr,
-    do_layout: gl.constexpr, pq_layout: gl.constexpr, pk_layout: gl.constexpr, sum_layout: gl.constexpr,
-    ds_layout: gl.constexpr, dq_layout: gl.constexpr, dpq_layout: gl.constexpr, dpk_layout: gl.constexpr,
+    SUM_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, q_layout: gl.constexpr, k_layout: gl.constexpr,
+    v_layout: gl.constexpr, do_layout: gl.constexpr, pq_layout: gl.constexpr, pk_layout: gl.constexpr,
+    sum_layout: gl.constexpr, ds_layout: gl.constexpr, dq_layout: gl.constexpr, dpq_layout: gl.constexpr,
+    dpk_layout: gl.constexpr,
 ):  # fmt: skip
     """All gradients; a program takes every so-manieth tile of keys of one (batch, head of keys)."""
     KEYS: gl.constexpr = KV_STAGES * CONSUMERS

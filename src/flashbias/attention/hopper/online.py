@@ -107,7 +107,7 @@ def _issue_scores(s, q, k_smem, pq, pk_smem, stage, HAS_TABLE: gl.constexpr, HAS
     k = k_smem.index(stage)._reinterpret(k_smem.dtype, [BLOCK_N, BLOCK_D], k_layout)
     if KEYS < BLOCK_N:
         k = k.slice(0, KEYS, 0)
-    s = chunks.issue(chunks.chunks(q, WIDTH_D), chunks.chunks(k, WIDTH_D), s, HAS_TABLE)
+    s = chunks.issue(chunks.of(q, WIDTH_D), chunks.of(k, WIDTH_D), s, HAS_TABLE)
     if HAS_PHI:
         pk = pk_smem.index(stage)._reinterpret(pk_smem.dtype, [BLOCK_N, BLOCK_R], pk_layout)
         if KEYS < BLOCK_N:
@@ -309,7 +309,8 @@ def _consume(
                 own_centring,
                 (tile >= full_hi) | (tile < full_lo), start_m, own_k, diagonal, left, right, qk_scale,
                 HAS_LEFT, HAS_RIGHT, HAS_PHI, HAS_TABLE, HAS_CODES, HAS_TERMS, RANK, ORDERED, CONSUMERS, STAGES,
-                BLOCK_N, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, WIDTH_D, WIDTH_DV, k_layout, v_layout, pk_layout, s_layout,
+                BLOCK_N, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, WIDTH_D, WIDTH_DV, k_layout, v_layout, pk_layout,
+                s_layout,
             )  # fmt: skip
         if not O_IN_Q:
             mbarrier.arrive(q_empty.index(place))
@@ -368,8 +369,9 @@ def _fwd_kernel(
     HAS_CODES: gl.constexpr, HAS_TERMS: gl.constexpr, RANK: gl.constexpr, ORDERED: gl.constexpr,
     CONSUMERS: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr, O_IN_Q: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr,
-    WIDTH_D: gl.constexpr, WIDTH_DV: gl.constexpr, REGISTERS: gl.constexpr, q_layout: gl.constexpr, k_layout: gl.constexpr, v_layout: gl.constexpr,
-    pq_layout: gl.constexpr, pk_layout: gl.constexpr, o_layout: gl.constexpr,
+    WIDTH_D: gl.constexpr, WIDTH_DV: gl.constexpr, REGISTERS: gl.constexpr, q_layout: gl.constexpr,
+    k_layout: gl.constexpr, v_layout: gl.constexpr, pq_layout: gl.constexpr, pk_layout: gl.constexpr,
+    o_layout: gl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp; a program takes tile after tile of 64 * CONSUMERS queries of one (batch, head)."""
     q_smem = boxes(q_desc, CONSUMERS * Q_STAGES, ROWS, BLOCK_D, IS_VARLEN)

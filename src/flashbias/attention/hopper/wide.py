@@ -39,11 +39,11 @@ def _issue_scores(
     q = q_smem.index(stage)._reinterpret(q_smem.dtype, [SLAB, BLOCK_D], q_layout)
     do = do_smem.index(stage)._reinterpret(do_smem.dtype, [SLAB, BLOCK_DV], do_layout)
     zero = gl.zeros([ROWS, SLAB], gl.float32, s_layout)
-    s = chunks.issue(k, chunks.chunks(q, WIDTH_D), zero, False)
+    s = chunks.issue(k, chunks.of(q, WIDTH_D), zero, False)
     if HAS_PHI:
         pq = pq_smem.index(stage)._reinterpret(pq_smem.dtype, [SLAB, BLOCK_R], pq_layout)
         s = warpgroup_mma(pk, pq.permute((1, 0)), s, is_async=True)
-    return s, chunks.issue(v, chunks.chunks(do, WIDTH_DV), zero, False)
+    return s, chunks.issue(v, chunks.of(do, WIDTH_DV), zero, False)
 
 
 @jit
@@ -158,8 +158,8 @@ def _consume(
     dphi_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_G, 16])
     k = k_smem.index(w)._reinterpret(k_smem.dtype, [ROWS, BLOCK_D], k_layout)
     v = v_smem.index(w)._reinterpret(v_smem.dtype, [ROWS, BLOCK_DV], v_layout)
-    k_chunks = chunks.chunks(k, WIDTH_D)
-    v_chunks = chunks.chunks(v, WIDTH_DV)
+    k_chunks = chunks.of(k, WIDTH_D)
+    v_chunks = chunks.of(v, WIDTH_DV)
     pk = k
     if HAS_PHI:
         pk = pk_smem.index(w)._reinterpret(pk_smem.dtype, [ROWS, BLOCK_R], pk_layout)
@@ -195,8 +195,8 @@ def _consume(
                         ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, q_full, q_empty, ds_full, ds_empty, dq_desc,
                         dpq_desc, seqlen_k, shift, left, right, scale * LOG2E,
                         part != 1, HAS_TAIL, HAS_LEFT, HAS_RIGHT, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_D,
-                        BLOCK_DV, BLOCK_R, BLOCK_SUM, BLOCK_G, WIDTH_D, WIDTH_DV, q_layout, k_layout, do_layout, pq_layout,
-                        sum_layout, dq_layout, dpq_layout, DQ_COLUMNS, CONSUMERS,
+                        BLOCK_DV, BLOCK_R, BLOCK_SUM, BLOCK_G, WIDTH_D, WIDTH_DV, q_layout, k_layout, do_layout,
+                        pq_layout, sum_layout, dq_layout, dpq_layout, DQ_COLUMNS, CONSUMERS,
                     )  # fmt: skip
         # The other warpgroup reads these keys until it has made its last part of dq.
         last = step - 1
@@ -232,9 +232,10 @@ def _bwd_wide_kernel(
     HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr, SUM_DPK: gl.constexpr, RANK: gl.constexpr, STAGES: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr,
     WIDTH_D: gl.constexpr, WIDTH_DV: gl.constexpr, DQ_COLUMNS: gl.constexpr, CONSUMERS: gl.constexpr,
-    ALTERNATES: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, q_layout: gl.constexpr, k_layout: gl.constexpr, v_layout: gl.constexpr,
-    do_layout: gl.constexpr, pq_layout: gl.constexpr, pk_layout: gl.constexpr, sum_layout: gl.constexpr,
-    ds_layout: gl.constexpr, dq_layout: gl.constexpr, dpq_layout: gl.constexpr, dpk_layout: gl.constexpr,
+    ALTERNATES: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, q_layout: gl.constexpr,
+    k_layout: gl.constexpr, v_layout: gl.constexpr, do_layout: gl.constexpr, pq_layout: gl.constexpr,
+    pk_layout: gl.constexpr, sum_layout: gl.constexpr, ds_layout: gl.constexpr, dq_layout: gl.constexpr,
+    dpq_layout: gl.constexpr, dpk_layout: gl.constexpr,
 ):  # fmt: skip
     """All gradients; a program takes every so-manieth tile of 128 keys of one (batch, head of keys)."""
     # A thread reads 16 bytes at a time of what its columns need.
