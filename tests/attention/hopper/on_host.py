@@ -251,7 +251,6 @@ class Box:
     def target(self, place: Sequence[int], x: Tensor) -> tuple[Tensor, Tensor]:
         """Where a box is written, and what of it is."""
         matrix, row, column = self.matrix(place)
-        x = x if self.flat is None else self.flat(x).view(-1, self.columns)
         inside = matrix[row : row + self.rows, column : column + self.columns]
         return inside, x[: inside.shape[0], : inside.shape[1]]
 
@@ -386,7 +385,12 @@ class Device:
         self._read_by_engine(view.cell)
 
     def reduce_add(self, box: Box, place: Sequence[int], view: View) -> None:
-        inside, x = box.target(place, view.load())
+        x = view.load()
+        if box.flat is not None:  # lines of a slab
+            assert view.cell.content is not None
+            x = view.part(box.flat(view.cell.content).view(-1, box.columns))
+            assert len(x) == box.rows
+        inside, x = box.target(place, x)
         inside.add_(x)
         self._read_by_engine(view.cell)
 

@@ -278,7 +278,7 @@ def computed(problem: Problem, leaves: dict[str, Tensor], scale: float, dout: Te
         patch.setattr(backward, "matrix", lambda _: None)
         patch.setattr(backward, "layout_of", lambda *_: None)
         patch.setattr(
-            slabs, "box_of", lambda t: Box(t.view(-1, slabs.LINE), t.shape[-1] // slabs.LINE, slabs.LINE, to_slab)
+            slabs, "box_of", lambda t, c: Box(t.view(-1, slabs.LINE), SLAB * c // slabs.LINE, slabs.LINE, to_slab)
         )
         patch.setattr(slabs, "unfold", unfold)
         patch.setattr(backward, "_bwd_kernel", Launched(fused._bwd_kernel, device))

@@ -63,6 +63,8 @@ def _walk(
     dphi_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_G, 16])
     # Warpgroups have columns of dq each; one with the fewest makes dphi_q.
     OWN_COLUMNS: gl.constexpr = chunks.half_columns(WIDTH_D, BLOCK_D, w)
+    BOX_COLUMNS: gl.constexpr = chunks.half_columns(WIDTH_D, BLOCK_D, 1)
+    BOX_LINES: gl.constexpr = SLAB * BOX_COLUMNS // LINE
     part_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OWN_COLUMNS, 16])
     OWN_DPQ: gl.constexpr = SUM_DPQ and w == chunks.sum_count(WIDTH_D) - 1
     # Products that are issued behind those of dk, dv and dphi.
@@ -128,12 +130,14 @@ def _walk(
         else:
             dq = warpgroup_mma_wait(0, deps=[dq])
         mbarrier.arrive(ds_empty.index(half))
-        # Columns that no head has are added too, whatever they are; nobody reads them.
         own_dq = dq_smem.index(w)._reinterpret(gl.float32, [SLAB, DQ_COLUMNS], dq_layout)
         own_dq.slice(0, OWN_COLUMNS, dim=1).store(dq)
         fence_async_shared()
         slab = (bh * slabs + tile) * CONSUMERS + w
-        reduce_add(dq_desc, [slab * (SLAB * DQ_COLUMNS // LINE), 0], dq_smem.index(w))
+        # The lines of a slab are a few columns each, one after the other: in boxes of the fewest that a warpgroup has.
+        for n in gl.static_range(OWN_COLUMNS // BOX_COLUMNS):
+            lines = dq_smem.index(w).slice(n * BOX_LINES, BOX_LINES)
+            reduce_add(dq_desc, [slab * (SLAB * DQ_COLUMNS // LINE) + n * BOX_LINES, 0], lines)
         if OWN_DPQ:
             reduce_add(dpq_desc, [(f_q * slabs + tile) * (SLAB * BLOCK_G // LINE), 0], dpq_smem)
         step += 1
