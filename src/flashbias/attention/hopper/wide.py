@@ -1,8 +1,8 @@
 """Backward pass for Hopper where heads are wider than 64: two warpgroups, which exchange dS.
 
 As in `fused.py`, but the sums dk and dv leave no registers for keys, values and a warpgroup that makes dq. So the two
-warpgroups put dS where both read it, each makes half of the columns of dq over the keys of both, and the first one
-dphi_q.
+warpgroups put dS where both read it, each makes half of the columns of dq over the keys of both, and one of them
+dphi_q: where heads are narrower than what is held, the one with fewer columns.
 """
 
 # Gluon is untyped: jitted functions take and return what annotations cannot say.
@@ -61,7 +61,7 @@ def _walk(
     """Walk over `count` tiles of queries from `first`, the one `turned` steps in at first."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SLAB, 16])
     dphi_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_G, 16])
-    # Warpgroups have columns of dq each; one with the fewest makes dphi_q.
+    # Each warpgroup has columns of dq, the second one no more than the first.
     OWN_COLUMNS: gl.constexpr = chunks.half_columns(WIDTH_D, BLOCK_D, w)
     BOX_COLUMNS: gl.constexpr = chunks.half_columns(WIDTH_D, BLOCK_D, 1)
     BOX_LINES: gl.constexpr = SLAB * BOX_COLUMNS // LINE
@@ -116,10 +116,10 @@ def _walk(
                     use_acc=c > 0, is_async=True,
                 )  # fmt: skip
         if SUM_DPK:
-            sums = warpgroup_mma_wait(BEHIND, deps=dk + dv + (dphi,))
+            sums = chunks.settled(dk + dv + (dphi,), BEHIND)
             dphi = sums[len(dk) + len(dv)]
         else:
-            sums = warpgroup_mma_wait(BEHIND, deps=dk + dv)
+            sums = chunks.settled(dk + dv, BEHIND)
         dv = sums[len(dk) : len(dk) + len(dv)]
         dk = sums[: len(dk)]
         mbarrier.arrive(q_empty.index(stage))
