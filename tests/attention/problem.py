@@ -80,7 +80,7 @@ class Case:
         tensors: dict[str, Tensor] = {}
         for name, shape in shapes.items():
             size = 1.0 if name == "value" else self.size
-            tensors[name] = _laid_out(size * draw(*shape), self.layout).to(dtype)
+            tensors[name] = _laid_out((size * draw(*shape)).to(device, dtype), self.layout)
         size = (self.bias_size / max(self.rank, 1) ** 0.5) ** 0.5
         tensors["phi_q"] = (size * draw(*(self.phi_q or (1, heads)), n, self.rank)).to(factor_dtype)
         tensors["phi_k"] = (size * draw(*(self.phi_k or (1, heads)), m, self.rank)).to(factor_dtype)
@@ -141,13 +141,17 @@ class Problem:
 
 
 def _laid_out(x: Tensor, layout: str) -> Tensor:
-    """The values of x in another memory order. (`Tensor.to` keeps the strides.)"""
+    """The values of x in another memory order, which `Tensor.to` need not keep where it converts."""
     if layout == "transposed":  # [B, N, H, D], as projections leave it
         return x.transpose(-3, -2).contiguous().transpose(-3, -2)
     if layout == "sliced":  # a slice of something wider, with an odd row stride
         wide = x.new_zeros(*x.shape[:-1], 2 * x.shape[-1] + 3)
         wide[..., 1 : 1 + x.shape[-1]] = x
         return wide[..., 1 : 1 + x.shape[-1]]
+    if layout == "framed":  # columns of something wider, NaN beside them, with rows that the copy engine can address
+        wide = x.new_full((*x.shape[:-1], 8 + x.shape[-1] + 64), torch.nan)
+        wide[..., 8 : 8 + x.shape[-1]] = x
+        return wide[..., 8 : 8 + x.shape[-1]]
     if layout == "columns":  # the last dimension is the slow one
         return x.mT.contiguous().mT
     if layout == "expanded":  # one batch element for all

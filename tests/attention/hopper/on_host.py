@@ -6,7 +6,9 @@ may be next, by a seeded draw. So a run is repeatable, many seeds are many order
 - nobody can go on (a deadlock),
 - shared memory is written while a product in flight, or the copy engine, still reads it.
 
-Loads of the copy engine write at once, the earliest that they can. Registers, layouts and proxies are not checked.
+Columns of a box that lie a whole instruction past the end of a row are NaN here, where the copy engine fills in zeros:
+nobody needs to multiply them. Loads of the copy engine write at once, the earliest that they can. Registers, layouts
+and proxies are not checked.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -25,6 +27,7 @@ from torch import Tensor
 from triton.language import constexpr
 from triton.runtime.jit import JITFunction
 
+from flashbias.attention.hopper.configs import width_of
 from flashbias.attention.hopper.operands import FAR
 
 
@@ -157,6 +160,14 @@ class Cell:
         assert self.readers == 0, "shared memory is written while it is read"
         self.content = x.to(self.dtype)
 
+    def write_part(self, x: Tensor, part: Callable[[Tensor], Tensor], shape: Sequence[int]) -> None:
+        """Write a part of a matrix of a shape; the rest keeps what it held, NaN if that was no such matrix."""
+        if self.content is None or self.content.shape != torch.Size(shape):
+            self.content = torch.full(tuple(shape), torch.nan, dtype=self.dtype)
+        whole = self.content.clone()
+        part(whole).copy_(x)
+        self.write(whole)
+
 
 @dataclass
 class View:
@@ -165,26 +176,32 @@ class View:
     cell: Cell
     part: Callable[[Tensor], Tensor] = lambda x: x
     order: Any = None
+    shape: tuple[int, ...] | None = None  # of the matrix, where it has been said
+    is_whole: bool = True
 
     @property
     def dtype(self) -> torch.dtype:
         return self.cell.dtype
 
     def _reinterpret(self, dtype: Any, shape: Any, layout: Any) -> View:
-        return View(self.cell, self.part, layout)
+        return View(self.cell, self.part, layout, tuple(int(n) for n in shape), self.is_whole)
 
     def slice(self, start: int, length: int, dim: int = 0) -> View:
-        return View(self.cell, lambda x: self.part(x).narrow(dim, int(start), int(length)), self.order)
+        return replace(self, part=lambda x: self.part(x).narrow(dim, int(start), int(length)), is_whole=False)
 
     def permute(self, order: Any) -> View:
-        return View(self.cell, lambda x: self.part(x).T, self.order)
+        return replace(self, part=lambda x: self.part(x).T)
 
     def load(self, layout: Any = None) -> Tensor:
         assert self.cell.content is not None, "shared memory is read before it is written"
         return self.part(self.cell.content)
 
     def store(self, x: Tensor) -> None:
-        self.cell.write(x)
+        if self.is_whole:
+            self.cell.write(x)
+        else:
+            assert self.shape is not None
+            self.cell.write_part(x, self.part, self.shape)
 
 
 class Buffers:
@@ -218,9 +235,15 @@ class Box:
         *lead, row, column = (int(i) for i in place)
         return self.x[tuple(lead)], row, column
 
+    def empty(self) -> Tensor:
+        """A box past the end of all rows."""
+        found = torch.zeros(self.rows, self.columns, dtype=self.x.dtype)
+        found[:, width_of(self.x.shape[-1]) :] = torch.nan
+        return found
+
     def read(self, place: Sequence[int]) -> Tensor:
         matrix, row, column = self.matrix(place)
-        found = torch.zeros(self.rows, self.columns, dtype=self.x.dtype)
+        found = self.empty()
         inside = matrix[row : row + self.rows, column : column + self.columns]
         found[: inside.shape[0], : inside.shape[1]] = inside
         return found
@@ -228,7 +251,6 @@ class Box:
     def target(self, place: Sequence[int], x: Tensor) -> tuple[Tensor, Tensor]:
         """Where a box is written, and what of it is."""
         matrix, row, column = self.matrix(place)
-        x = x if self.flat is None else self.flat(x).view(-1, self.columns)
         inside = matrix[row : row + self.rows, column : column + self.columns]
         return inside, x[: inside.shape[0], : inside.shape[1]]
 
@@ -244,7 +266,7 @@ class PackedBox(Box):
 
     def read(self, place: Sequence[int]) -> Tensor:
         rows, column = self.rows_of(place)
-        found = torch.zeros(self.rows, self.columns, dtype=self.x.dtype)
+        found = self.empty()
         inside = rows[:, column : column + self.columns]
         found[: inside.shape[0], : inside.shape[1]] = inside
         return found
@@ -363,7 +385,12 @@ class Device:
         self._read_by_engine(view.cell)
 
     def reduce_add(self, box: Box, place: Sequence[int], view: View) -> None:
-        inside, x = box.target(place, view.load())
+        x = view.load()
+        if box.flat is not None:  # lines of a slab
+            assert view.cell.content is not None
+            x = view.part(box.flat(view.cell.content).view(-1, box.columns))
+            assert len(x) == box.rows
+        inside, x = box.target(place, x)
         inside.add_(x)
         self._read_by_engine(view.cell)
 

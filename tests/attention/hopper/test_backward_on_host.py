@@ -19,9 +19,9 @@ if INTERPRETED:
 from tests.attention.hopper.on_host import Box, Device, Launched, on_host
 
 from flashbias.attention import packing
-from flashbias.attention.hopper import backward, fused, slabs, tiles, walks, wide
+from flashbias.attention.hopper import backward, chunks, fused, slabs, tiles, walks, wide
 from flashbias.attention.hopper import scores as kernel_scores
-from flashbias.attention.hopper.configs import SLAB, BackwardConfig
+from flashbias.attention.hopper.configs import SLAB, BackwardConfig, columns_of
 from flashbias.attention.hopper.operands import Centring
 from flashbias.attention.layout import Sharing, cdiv
 
@@ -89,6 +89,14 @@ PROBLEMS = [
     Problem("wide", WIDE, 130, 200, width=32, width_v=16),
     Problem("wide, causal, grouped", WIDE, 90, 400, width=32, width_v=32, heads=2, kv_heads=1, right=0),
     Problem("wide, frozen", WIDE, 200, 130, width=32, learns=False, rank=0),
+    Problem("two chunks", narrow(), 130, 200, width=48, width_v=40),
+    Problem("two chunks, narrow values", narrow(holds_phi=False), 70, 200, width=40, width_v=24, right=0),
+    Problem("wide, two sums", WIDE, 130, 200, width=80, width_v=96),
+    Problem("wide, two sums, causal, grouped", WIDE, 90, 300, width=88, width_v=72, kv_heads=1, right=0, shift=100),
+    Problem("wide, two sums of keys", WIDE, 130, 200, width=96, width_v=64, rank=0),
+    Problem("wide, two sums of values", WIDE, 130, 200, width=128, width_v=80),
+    Problem("wide, three chunks", WIDE, 130, 200, width=112, width_v=104, learns=False),
+    Problem("centres, wide, two sums", WIDE, 300, 300, width=80, width_v=80, right=0, centred=True),
     Problem("centres", narrow(), 130, 300, centred=True, shift=170),
     Problem("centres, three warpgroups", narrow(3), 200, 450, rank=7, batch=2, centred=True, shift=250),
     Problem("centres, frozen", narrow(3), 150, 150, rank=8, learns=False, centred=True),
@@ -272,8 +280,8 @@ def computed(problem: Problem, leaves: dict[str, Tensor], scale: float, dout: Te
     has_codes = problem.half > 0 and problem.codes
     ops: Any = SimpleNamespace(
         q=x["q"], k=x["k"], v=x["v"], factors=factors, batch=b, num_heads=h, group=group, seqlen_q=problem.n,
-        seqlen_k=problem.m, head_dim=problem.width, head_dim_v=problem.width_v, block_d=problem.width,
-        block_dv=problem.width_v, columns=COLUMNS if factors else 0, rank=problem.rank, shift=problem.shift,
+        seqlen_k=problem.m, head_dim=problem.width, head_dim_v=problem.width_v, block_d=columns_of(problem.width),
+        block_dv=columns_of(problem.width_v), columns=COLUMNS if factors else 0, rank=problem.rank, shift=problem.shift,
         window_left=problem.left, window_right=problem.right, scale=scale, sharing_q=sharing_q, sharing_k=sharing_k,
         shape=None, flat=lambda t: t, centring=centring, is_tile_centred=problem.centred,
         table=table.float() if problem.half else None, code_q=code_q.int() if has_codes else None,
@@ -290,14 +298,14 @@ def computed(problem: Problem, leaves: dict[str, Tensor], scale: float, dout: Te
 
     device = Device(seed)
     config = replace(problem.config, is_centred=problem.centred)
-    with on_host(device, (fused, wide, walks, tiles, kernel_scores)) as patch:
+    with on_host(device, (fused, wide, chunks, walks, tiles, kernel_scores)) as patch:
         patch.setattr(backward, "multiprocessors", lambda _: problem.programs)
         patch.setattr(backward.portable, "rows_of", lambda *_: (lse2, deltas))
         patch.setattr(backward, "descriptor", lambda t, r, c: Box(t, r, c))
         patch.setattr(backward, "matrix", lambda _: None)
         patch.setattr(backward, "layout_of", lambda *_: None)
         patch.setattr(
-            slabs, "box_of", lambda t: Box(t.view(-1, slabs.LINE), t.shape[-1] // slabs.LINE, slabs.LINE, to_slab)
+            slabs, "box_of", lambda t, c: Box(t.view(-1, slabs.LINE), SLAB * c // slabs.LINE, slabs.LINE, to_slab)
         )
         patch.setattr(slabs, "unfold", unfold)
         patch.setattr(backward, "_bwd_kernel", Launched(fused._bwd_kernel, device))

@@ -27,6 +27,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from flashbias.attention.hopper import backward, forward
+from flashbias.attention.hopper.chunks import sums_of
 from flashbias.attention.hopper.configs import (
     ROWS,
     SHARED_MEMORY,
@@ -38,6 +39,7 @@ from flashbias.attention.hopper.configs import (
     forward_bytes,
     forward_config,
     tail_of,
+    width_of,
 )
 from flashbias.attention.hopper.operands import HopperOperands
 from flashbias.attention.triton import assembler
@@ -105,6 +107,12 @@ SHAPES = [
     Shape("32-rank-32", head_dim=32, rank=32),
     Shape("64-causal", head_dim=64, window=(None, 0)),
     Shape("40-plain-float16", head_dim=40, rank=0, dtype=torch.float16),
+    Shape("48-causal", head_dim=48, window=(None, 0)),
+    Shape("80", head_dim=80),
+    Shape("80-alibi", head_dim=80, rank=1, factor_dtype=torch.float32, window=(None, 0), frozen=True),
+    Shape("96", head_dim=96),
+    Shape("96-v-80-plain", head_dim=96, head_dim_v=80, rank=0),
+    Shape("112", head_dim=112),
     Shape("128", head_dim=128),
     Shape("128-v-64-causal-frozen", head_dim=128, head_dim_v=64, rank=2, window=(None, 0), frozen=True),
     Shape("16-centres", head_dim=16, rank=5, n=40_000, factor_dtype=torch.float32),
@@ -134,6 +142,12 @@ FORWARD_ONLY = [
     Shape("256", head_dim=256, n=1000),
     Shape("256-causal", head_dim=256, n=1024, window=(None, 0)),
     Shape("256-plain", head_dim=256, n=1000, rank=0),
+    Shape("64-v-80", head_dim=64, head_dim_v=80, n=1000),
+    Shape("80-packed-causal", head_dim=80, n=3000, sequences=7, window=(None, 0)),
+    Shape("96-table-codes", head_dim=96, rank=0, n=500, table=99, codes=True),
+    Shape("160-tail", head_dim=160, n=160),
+    Shape("192", head_dim=192, n=1000),
+    Shape("192-causal", head_dim=192, n=1024, window=(None, 0)),
     Shape("192-v-128", head_dim=192, head_dim_v=128, n=1000, rank=64),
     Shape("64-v-256-causal", head_dim=64, head_dim_v=256, n=1000, window=(None, 0)),
     Shape("256-table-mask", head_dim=256, n=1000, table=99, rank=2, mask=(1, 1, 1, 1000)),
@@ -176,6 +190,15 @@ SPILLS = {
     "128-packed-causal": {"12.9": (12, 0), "13.1": (40, 0)},
     "128-packed-v-64": {"12.9": (0, 0), "13.1": (24, 0)},
     "256-packed-causal": {"12.9": (4, 0), "13.1": (132, 0)},
+    "48-causal": {"12.9": (112, 64), "13.1": (576, 152)},
+    "80": {"12.9": (0, 0), "13.1": (0, 80)},
+    "80-alibi": {"12.9": (0, 16), "13.1": (0, 108)},
+    "96": {"12.9": (0, 124), "13.1": (0, 360)},
+    "96-v-80-plain": {"12.9": (0, 0), "13.1": (0, 20)},
+    "112": {"12.9": (0, 476), "13.1": (0, 684)},
+    "80-packed-causal": {"12.9": (12, 0), "13.1": (40, 0)},
+    "160-tail": {"12.9": (0, 0), "13.1": (12, 0)},
+    "192-causal": {"12.9": (0, 0), "13.1": (12, 0)},
     "256-causal": {"12.9": (0, 0), "13.1": (100, 0)},
     "256-table-mask": {"12.9": (28, 0), "13.1": (144, 0)},
     "256-widest-factors": {"12.9": (0, 0), "13.1": (8, 0)},
@@ -307,12 +330,13 @@ def forward_products(ops: HopperOperands, config: Config) -> int:
     """Instructions of the matrix unit, of all warpgroups.
 
     Scores and P V stand at two places each, with a tail at three: the first tile of keys stands before the loop, the
-    last P V behind it.
+    last P V behind it. Scores sum over the columns that there are; P V is one instruction for each tensor of its sum.
     """
-    scores = (ops.block_d + ops.columns) // STEP
+    scores = (width_of(ops.head_dim) + ops.columns) // STEP
     is_whole = ops.shape.is_banded or ops.is_tile_centred or ops.is_varlen
     tail = 0 if is_whole else tail_of(config, ops.seqlen_k)
     weighted = 2 * config.block_n + tail
+    weighted *= len(sums_of(width_of(ops.head_dim_v)))
     return config.consumers * ((3 if tail else 2) * scores + weighted // STEP)
 
 
@@ -323,8 +347,9 @@ def backward_products(ops: HopperOperands, config: BackwardConfig, needs_phi: bo
     warpgroup for its columns, and dphi_q by the first.
     """
     walks = 1 + (ops.window_left >= 0) + (ops.window_right >= 0)
-    scores = (ops.block_d + ops.columns + ops.block_dv) // STEP
-    over_queries = (3 if needs_phi else 2) * SLAB // STEP  # dv, dk, dphi_k
+    width, width_v = width_of(ops.head_dim), width_of(ops.head_dim_v)
+    scores = (width + ops.columns + width_v) // STEP
+    over_queries = (len(sums_of(width_v)) + len(sums_of(width)) + needs_phi) * SLAB // STEP  # dv, dk, dphi_k
     of_all_keys = config.consumers * ROWS // STEP
     over_keys = of_all_keys * ((config.consumers if config.is_wide else 1) + needs_phi)  # dq, dphi_q
     return config.consumers * walks * (scores + over_queries) + (walks if config.is_wide else 1) * over_keys

@@ -19,8 +19,8 @@ if INTERPRETED:
 
 from tests.attention.hopper.on_host import Box, Device, Launched, PackedBox, on_host
 
-from flashbias.attention.hopper import forward, online, scores, tiles
-from flashbias.attention.hopper.configs import Config, forward_config
+from flashbias.attention.hopper import chunks, forward, online, scores, tiles
+from flashbias.attention.hopper.configs import Config, columns_of, forward_config
 from flashbias.attention.hopper.operands import Centring, Shape
 from flashbias.attention.layout import Sharing
 
@@ -62,6 +62,13 @@ PROBLEMS = [
     ),
     Problem("one buffer of queries", Config(2, 64, 2, q_stages=1), (300,), (190,), heads=1, kv_heads=1, programs=3),
     Problem("wide values", forward_config(16, 64, 16), (200,), (200,), width_v=64, right=5, programs=1),
+    Problem("two chunks of 64", forward_config(64, 64, 16), (200,), (200,), width=48, width_v=40, right=0),
+    Problem("two chunks and two sums", forward_config(128, 128, 16), (200,), (330,), width=80, width_v=72),
+    Problem("short last tile of two sums", forward_config(128, 128, 16), (70,), (320,), width=88, width_v=96),
+    Problem("three chunks", forward_config(128, 128, 16), (150,), (200,), width=112, width_v=112, right=0, left=50),
+    Problem("values wider than a panel", forward_config(64, 128, 16), (130,), (200,), width=64, width_v=80),
+    Problem("wide, one buffer of queries", forward_config(256, 256, 16), (150,), (200,), width=136, width_v=192),
+    Problem("packed, two sums", forward_config(128, 128, 16), *JAGGED, is_packed=True, width=96, width_v=80, right=0),
     Problem("packed", forward_config(16, 16, 16), *JAGGED, is_packed=True),
     Problem("packed, causal", forward_config(16, 16, 16), *JAGGED, is_packed=True, right=0, programs=3),
     Problem(
@@ -116,12 +123,13 @@ def computed(problem: Problem, x: dict[str, Tensor], scale: float, seed: int) ->
         torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
         for lengths in (problem.lengths_q, problem.lengths_k)
     ]
+    block_d, block_dv = columns_of(problem.width), columns_of(problem.width_v)
     shape = Shape(
-        h, h, group, n, m, problem.width, problem.width_v, problem.width, problem.width_v, COLUMNS, problem.left,
+        h, h, group, n, m, problem.width, problem.width_v, block_d, block_dv, COLUMNS, problem.left,
         problem.right, int(problem.bottom_right) if sequences else 0, sequences=sequences,
     )  # fmt: skip
     ops: Any = SimpleNamespace(
-        shape=shape, q=x["q"][None], k=x["k"][None], v=x["v"][None], block_d=problem.width, block_dv=problem.width_v,
+        shape=shape, q=x["q"][None], k=x["k"][None], v=x["v"][None], block_d=block_d, block_dv=block_dv,
         columns=COLUMNS, factors=SimpleNamespace(phi_q=phi_q, phi_k=phi_k), is_varlen=bool(sequences), scale=scale,
         key_terms=lambda keys: None, flat=lambda t: t, table_over_scale=None, code_q=None, code_k=None,
         centring=Centring(None, None), cu_seqlens_q=starts[0], cu_seqlens_k=starts[1], table_sizes=(0, 0),
@@ -130,7 +138,7 @@ def computed(problem: Problem, x: dict[str, Tensor], scale: float, seed: int) ->
     out, lse = torch.full((1, h, n, problem.width_v), math.nan), torch.full((h, n), math.nan)
     device = Device(seed)
     tickets = itertools.count()
-    with on_host(device, (online, tiles, scores)) as patch:
+    with on_host(device, (online, chunks, tiles, scores)) as patch:
         patch.setattr(tiles, "ticket", lambda _: next(tickets))
         patch.setattr(forward, "multiprocessors", lambda _: problem.programs)
         patch.setattr(forward, "descriptor", lambda t, r, c: Box(t, r, c))

@@ -31,6 +31,9 @@ from flashbias.attention import packing
 
 pytest.importorskip("triton.experimental.gluon", reason="this release of triton has no Gluon")
 
+from flashbias.attention.hopper.configs import NARROWEST, columns_of, width_of
+from flashbias.attention.hopper.operands import is_addressable
+
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = [
     pytest.mark.gpu,
@@ -522,6 +525,99 @@ class TestWideHeads:
         check(case.build(torch.bfloat16, DEVICE))
 
 
+class TestColumns:
+    """Heads that are no power of two: products of chunks, sums of two tensors; see `hopper/chunks.py`."""
+
+    WIDTHS = (24, 40, 48, 72, 80, 96, 104, 112, 136, 160, 192, 224)
+    PAIRS = ((80, 64), (64, 80), (96, 128), (128, 96), (112, 80), (48, 80), (192, 96), (40, 24), (80, 160))
+
+    @pytest.fixture(autouse=True)
+    def _buffers(self, nan_filled_buffers: None) -> None:
+        """NaN in every buffer, that of partial results included."""
+
+    @pytest.mark.parametrize(
+        ("rank", "options"),
+        [(0, {}), (5, {}), (16, CAUSAL), (3, {"window": (90, 20)})],
+        ids=["no bias", "full", "causal", "band"],
+    )
+    @pytest.mark.parametrize(("head_dim", "head_dim_v"), [*((d, d) for d in WIDTHS), *PAIRS])
+    def test_every_width(self, head_dim: int, head_dim_v: int, rank: int, options: dict[str, Any]) -> None:
+        """With NaN in memory right before and behind each row: what is no column of the head is not seen."""
+        case = Case("width", n=330, batch=(1,), head_dim=head_dim, head_dim_v=head_dim_v, rank=rank, layout="framed",
+                    options=options)  # fmt: skip
+        for dtype in HALVES.values():
+            problem = case.build(dtype, DEVICE)
+            assert is_addressable(problem.tensors["query"])  # else the kernels read a copy
+            check(problem)
+
+    @pytest.mark.parametrize("head_dim", WIDTHS)
+    def test_alibi(self, head_dim: int) -> None:
+        """Frozen factors in float32, and grouped queries."""
+        n = 450
+        torch.manual_seed(0)
+        q, k, v = (torch.randn(2, h, n, head_dim, device=DEVICE).bfloat16().requires_grad_() for h in (4, 2, 2))
+        dout = torch.randn(2, 4, n, head_dim, device=DEVICE).bfloat16()
+        bias = fb.Alibi(num_heads=4).to(DEVICE)(seqlen_q=n, seqlen_k=n)
+        results = {}
+        for impl, dtype in (("hopper", torch.bfloat16), ("reference", torch.float64)):
+            leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+            out = fb.attention(*leaves, bias, is_causal=True, enable_gqa=True, impl=impl, deterministic=False)
+            results[impl] = [out.detach(), *torch.autograd.grad(out, leaves, dout.to(dtype))]
+        for found, right in zip(results["hopper"], results["reference"], strict=True):
+            assert (found.double() - right).norm() <= 4 * UNIT_ROUNDOFF[torch.bfloat16] * right.norm()
+
+    @pytest.mark.parametrize("m", [64, 65, 128, 191, 192, 193, 320])
+    @pytest.mark.parametrize(("head_dim", "head_dim_v"), [(48, 48), (80, 80), (96, 72), (160, 192)])
+    def test_every_end_of_the_keys(self, head_dim: int, head_dim_v: int, m: int) -> None:
+        case = Case("end", n=100, m=m, head_dim=head_dim, head_dim_v=head_dim_v, batch=(1,), layout="framed")
+        check(case.build(torch.bfloat16, DEVICE))
+
+    @pytest.mark.parametrize(("head_dim", "head_dim_v"), [(48, 40), (80, 80), (96, 112), (64, 72), (160, 192)])
+    def test_cut_key_ranges_are_joined(self, head_dim: int, head_dim_v: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Partial results have columns that nobody writes and nobody reads."""
+        from flashbias.attention.hopper import forward
+
+        cuts: list[int] = []
+        original = forward.join
+
+        def spy(schedule: Any, *rest: Any) -> None:
+            cuts.append(schedule.parts)
+            original(schedule, *rest)
+
+        monkeypatch.setattr(forward, "join", spy)
+        case = Case("cut", n=200, m=3000, batch=(1,), heads=1, head_dim=head_dim, head_dim_v=head_dim_v)
+        check(case.build(torch.bfloat16, DEVICE))
+        assert len(cuts) == 1
+        assert cuts[0] > 1
+
+    @pytest.mark.parametrize("options", [{}, CAUSAL], ids=["full", "causal"])
+    @pytest.mark.parametrize("head_dim", [40, 80, 96, 192])
+    def test_programs_take_many_tiles(self, head_dim: int, options: dict[str, Any]) -> None:
+        case = Case("many", n=700, batch=(3,), heads=24, head_dim=head_dim, phi_q=(24,), phi_k=(1,), options=options)
+        check(case.build(torch.bfloat16, DEVICE))
+
+    @pytest.mark.parametrize("head_dim", [48, 80, 112, 160])
+    def test_tables_and_hidden_keys(self, head_dim: int) -> None:
+        case = Case("all", batch=(3,), heads=4, kv_heads=2, n=330, head_dim=head_dim, rank=5, table=65, mask="padding",
+                    options=CAUSAL)  # fmt: skip
+        check(case.build(torch.bfloat16, DEVICE))
+
+    @pytest.mark.parametrize("options", [{}, CAUSAL], ids=["full", "causal"])
+    @pytest.mark.parametrize("rank", [0, 5])
+    @pytest.mark.parametrize("head_dim", WIDTHS)
+    def test_packed_batches(self, head_dim: int, rank: int, options: dict[str, Any]) -> None:
+        TestPackedBatches.check(
+            VarlenCase("widths", *TestPackedBatches.LENGTHS, head_dim=head_dim, rank=rank, with_lse=True,
+                       options=options)
+        )  # fmt: skip
+
+    @pytest.mark.parametrize("head_dim", [48, 80, 96, 112])
+    def test_centres_by_tile(self, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(packing, "TILE_CENTRE_FROM", packing.CENTRE_TILE)
+        case = Case("alibi", n=450, head_dim=head_dim, rank=2, batch=(1,), options=CAUSAL)
+        check(TestCentresByTile.alibi(case))
+
+
 class TestCentresByTile:
     """What more than 32,768 keys beside float32 factors do: on fewer keys with the oracle, on many for some rows."""
 
@@ -711,8 +807,9 @@ class Kind:
 
     @staticmethod
     def narrower(width: int, rng: random.Random) -> int:
-        """A multiple of 8 that is held in as many columns."""
-        return rng.randrange(8 if width == 16 else width // 2 + 8, width + 1, 8)
+        """A multiple of 8 that is held in as many columns: just over half of them or all; between, much is compiled."""
+        multiplied = (width // 2 + NARROWEST, width)
+        return rng.choice([n for n in range(8, width + 1, 8) if columns_of(n) == width and width_of(n) in multiplied])
 
     @staticmethod
     def lead(batch: tuple[int, ...], heads: int, rng: random.Random) -> tuple[int, ...]:

@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from flashbias.attention.hopper import slabs
-from flashbias.attention.hopper.configs import NARROWEST, ROWS, SLAB, BackwardConfig, backward_config, columns_of
+from flashbias.attention.hopper.chunks import half_columns
+from flashbias.attention.hopper.configs import (
+    NARROWEST,
+    ROWS,
+    SLAB,
+    BackwardConfig,
+    backward_config,
+    columns_of,
+    width_of,
+)
 from flashbias.attention.hopper.fused import _bwd_kernel
 from flashbias.attention.hopper.operands import (
     HopperOperands,
@@ -141,8 +150,9 @@ def launch_as(
     if config.is_centred and dpq is not None and factors is not None:
         summable = Summable.of(factors.raw_k, ops.q.dtype)
     sum_box = pk if summable is None else descriptor(summable.columns, ROWS, block_g)
-    dq_box = slabs.box_of(dq)
-    dpq_box = dq_box if dpq is None else slabs.box_of(dpq)
+    width, width_v = width_of(ops.head_dim), width_of(ops.head_dim_v)
+    dq_box = slabs.box_of(dq, half_columns(width, ops.block_d, 1) if config.is_wide else dq_columns)
+    dpq_box = dq_box if dpq is None else slabs.box_of(dpq, block_g)
     dpk_box = dq_box if dpk is None else descriptor(dpk, ROWS, block_g)
     schedule, blocks, pairs = schedule_of(config, ops)
     kernel, own = _bwd_wide_kernel, {"DQ_COLUMNS": dq_columns}
@@ -175,6 +185,8 @@ def launch_as(
         BLOCK_DV=ops.block_dv,
         BLOCK_R=ops.columns,
         BLOCK_G=block_g,
+        WIDTH_D=width,
+        WIDTH_DV=width_v,
         CONSUMERS=config.consumers,
         ALTERNATES=schedule.alternates,
         REGISTERS=config.registers,

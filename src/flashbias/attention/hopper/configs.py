@@ -20,6 +20,7 @@ __all__ = [
     "holds_output",
     "ready_columns",
     "tail_of",
+    "width_of",
 ]
 
 NARROWEST = 16
@@ -90,6 +91,8 @@ class Config(Warpgroups):
 def forward_config(block_d: int, block_dv: int, block_r: int, has_table: bool = False) -> Config:
     """Pick the tile shape of the forward pass.
 
+    What is held decides: heads that are multiplied in fewer columns (`width_of`) take as much shared memory.
+
     Args:
         block_d: width of queries and keys as held.
         block_dv: width of values as held.
@@ -105,6 +108,8 @@ def forward_config(block_d: int, block_dv: int, block_r: int, has_table: bool = 
     width = max(block_d, block_dv)
     if width > 128:
         # 128 registers of a thread hold sums of the output: scores of 64 keys fit beside them, of 128 they do not.
+        # Narrower sums (`chunks.py`) leave room for them, but two stages of 128 keys of 256 columns fill more than the
+        # shared memory.
         config = Config(2, 64, 2)
     elif width > 64:
         config = Config(2, 128, 2)
@@ -159,6 +164,11 @@ def tail_of(config: Config, seqlen_k: int) -> int:
 def columns_of(columns: int) -> int:
     """Packed columns as held: a power of two that the matrix unit takes."""
     return max(NARROWEST, 1 << (columns - 1).bit_length())
+
+
+def width_of(head_dim: int) -> int:
+    """Columns of a head that are multiplied: head_dim in whole instructions of the matrix unit; see `chunks.py`."""
+    return -(-head_dim // NARROWEST) * NARROWEST
 
 
 def ready_columns(rank: int, dtype_q: torch.dtype, dtype_k: torch.dtype, scale: float, dtype: torch.dtype) -> int:

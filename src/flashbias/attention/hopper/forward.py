@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from flashbias.attention.hopper.configs import ROWS, Config, forward_config, holds_output, tail_of
+from flashbias.attention.hopper.configs import ROWS, Config, forward_config, holds_output, tail_of, width_of
 from flashbias.attention.hopper.join import join
 from flashbias.attention.hopper.online import _fwd_kernel
 from flashbias.attention.hopper.operands import (
@@ -104,6 +104,8 @@ def _plan(config: Config, shape: Shape, processors: int) -> tuple[Schedule, tupl
         "BLOCK_D": shape.block_d,
         "BLOCK_DV": shape.block_dv,
         "BLOCK_R": shape.columns,
+        "WIDTH_D": width_of(shape.head_dim),
+        "WIDTH_DV": width_of(shape.head_dim_v),
         "REGISTERS": config.registers,
         "num_warps": 4,
         "maxnreg": config.maxnreg,

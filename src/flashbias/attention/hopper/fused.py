@@ -19,6 +19,7 @@ warpgroup's threads do (`slabs.py`): stored to shared memory without conflicts o
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportReturnType=false
 # pyright: reportAssignmentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
 
+from flashbias.attention.hopper import chunks
 from flashbias.attention.hopper.gluon import (
     fence_async_shared,
     gl,
@@ -51,8 +52,9 @@ def _walk(
     half_table, q_smem, do_smem, pq_smem, ds_smem, lse_smem, delta_smem, q_full, q_empty, ds_full, ds_empty, seqlen_q,
     seqlen_k, shift, left, right, qk_scale, HAS_TABLE: gl.constexpr, HAS_CODES: gl.constexpr, IS_EDGE: gl.constexpr, HAS_TAIL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
     HAS_PHI: gl.constexpr, SUM_DPK: gl.constexpr, CENTRES: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr,
-    BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr, q_layout: gl.constexpr,
-    do_layout: gl.constexpr, pq_layout: gl.constexpr, CONSUMERS: gl.constexpr,
+    BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr, WIDTH_D: gl.constexpr,
+    WIDTH_DV: gl.constexpr, q_layout: gl.constexpr, do_layout: gl.constexpr, pq_layout: gl.constexpr,
+    CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """Walk over `count` tiles of queries from `first`, the one `turned` steps in at first."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SLAB, 16])
@@ -70,12 +72,12 @@ def _walk(
         do = do_smem.index(stage)._reinterpret(do_smem.dtype, [SLAB, BLOCK_DV], do_layout)
         pq = q
         zero = gl.zeros([ROWS, SLAB], gl.float32, s_layout)
-        s = warpgroup_mma(k, q.permute((1, 0)), s, use_acc=HAS_TABLE, is_async=True)
+        s = chunks.issue(k, chunks.of(q, WIDTH_D), s, HAS_TABLE)
         if HAS_PHI:
             pq = pq_smem.index(stage)._reinterpret(pq_smem.dtype, [SLAB, BLOCK_R], pq_layout)
             s = warpgroup_mma(pk, pq.permute((1, 0)), s, is_async=True)
-        dp = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
-        s = warpgroup_mma_wait(1, deps=[s])
+        dp = chunks.issue(v, chunks.of(do, WIDTH_DV), zero, False)
+        s = warpgroup_mma_wait(len(v), deps=[s])
         p = weights(s, lse_smem.index(stage * CENTRES + centre), start_m, start_n, seqlen_k, shift, left, right,
                      qk_scale, IS_EDGE, HAS_TAIL, HAS_LEFT, HAS_RIGHT)  # fmt: skip
         p16 = gl.convert_layout(p.to(do_smem.dtype), gl.DotOperandLayout(0, dv_layout, 2))
@@ -186,11 +188,10 @@ def _consume(
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_TAIL: gl.constexpr, HAS_TABLE: gl.constexpr,
     HAS_CODES: gl.constexpr, HAS_PHI: gl.constexpr,
     SUM_DPK: gl.constexpr, CENTRES: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
-    BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr, q_layout: gl.constexpr, k_layout: gl.constexpr,
-    v_layout: gl.constexpr, do_layout: gl.constexpr, pq_layout: gl.constexpr, pk_layout: gl.constexpr,
-    dpk_layout: gl.constexpr,
-    HOLDS_PHI: gl.constexpr, HAS_IDLE: gl.constexpr, CONSUMERS: gl.constexpr, KV_STAGES: gl.constexpr,
-    ALTERNATES: gl.constexpr,
+    BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr, WIDTH_D: gl.constexpr, WIDTH_DV: gl.constexpr,
+    q_layout: gl.constexpr, k_layout: gl.constexpr, v_layout: gl.constexpr, do_layout: gl.constexpr,
+    pq_layout: gl.constexpr, pk_layout: gl.constexpr, dpk_layout: gl.constexpr, HOLDS_PHI: gl.constexpr,
+    HAS_IDLE: gl.constexpr, CONSUMERS: gl.constexpr, KV_STAGES: gl.constexpr, ALTERNATES: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup w: 64 keys of every tile."""
     BLOCK_N: gl.constexpr = ROWS * CONSUMERS
@@ -214,9 +215,9 @@ def _consume(
         # First operands from registers: the matrix unit then reads shared memory for the second ones alone.
         place = slot * CONSUMERS + w
         k = k_smem.index(place)._reinterpret(k_smem.dtype, [ROWS, BLOCK_D], k_layout)
-        k = k.load(gl.DotOperandLayout(0, s_layout, 2))
+        k = chunks.held(chunks.of(k, WIDTH_D), gl.DotOperandLayout(0, s_layout, 2))
         v = v_smem.index(place)._reinterpret(v_smem.dtype, [ROWS, BLOCK_DV], v_layout)
-        v = v.load(gl.DotOperandLayout(0, s_layout, 2))
+        v = chunks.held(chunks.of(v, WIDTH_DV), gl.DotOperandLayout(0, s_layout, 2))
         pk = k
         if HAS_PHI:
             pk = pk_smem.index(place)._reinterpret(pk_smem.dtype, [ROWS, BLOCK_R], pk_layout)
@@ -253,7 +254,7 @@ def _consume(
                         pq_smem, ds_smem, lse_smem, delta_smem, q_full, q_empty, ds_full, ds_empty, seqlen_q, seqlen_k,
                         shift, left, right, scale * LOG2E, HAS_TABLE, HAS_CODES,
                         part != 1, HAS_TAIL, HAS_LEFT, HAS_RIGHT, HAS_PHI, SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV,
-                        BLOCK_R, BLOCK_G, q_layout, do_layout, pq_layout, CONSUMERS,
+                        BLOCK_R, BLOCK_G, WIDTH_D, WIDTH_DV, q_layout, do_layout, pq_layout, CONSUMERS,
                     )  # fmt: skip
         if w > 0 and HAS_IDLE:
             for n in range((group - members) * (hi - lo)):
@@ -290,11 +291,12 @@ def _bwd_kernel(
     stride_pr, stride_c, references, table_ptr, stride_table, half_table, code_q_ptr, code_k_ptr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
     HAS_TAIL: gl.constexpr, HAS_TABLE: gl.constexpr, HAS_CODES: gl.constexpr, HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr, SUM_DPK: gl.constexpr, RANK: gl.constexpr, STAGES: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr,
-    HOLDS_PHI: gl.constexpr, HAS_IDLE: gl.constexpr, CONSUMERS: gl.constexpr, KV_STAGES: gl.constexpr,
-    ALTERNATES: gl.constexpr, REGISTERS: gl.constexpr, SUM_REGISTERS: gl.constexpr,
-    PRODUCER_REGISTERS: gl.constexpr, q_layout: gl.constexpr, k_layout: gl.constexpr, v_layout: gl.constexpr,
-    do_layout: gl.constexpr, pq_layout: gl.constexpr, pk_layout: gl.constexpr, sum_layout: gl.constexpr,
-    ds_layout: gl.constexpr, dq_layout: gl.constexpr, dpq_layout: gl.constexpr, dpk_layout: gl.constexpr,
+    WIDTH_D: gl.constexpr, WIDTH_DV: gl.constexpr, HOLDS_PHI: gl.constexpr, HAS_IDLE: gl.constexpr,
+    CONSUMERS: gl.constexpr, KV_STAGES: gl.constexpr, ALTERNATES: gl.constexpr, REGISTERS: gl.constexpr,
+    SUM_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, q_layout: gl.constexpr, k_layout: gl.constexpr,
+    v_layout: gl.constexpr, do_layout: gl.constexpr, pq_layout: gl.constexpr, pk_layout: gl.constexpr,
+    sum_layout: gl.constexpr, ds_layout: gl.constexpr, dq_layout: gl.constexpr, dpq_layout: gl.constexpr,
+    dpk_layout: gl.constexpr,
 ):  # fmt: skip
     """All gradients; a program takes every so-manieth tile of keys of one (batch, head of keys)."""
     KEYS: gl.constexpr = KV_STAGES * CONSUMERS
@@ -356,16 +358,16 @@ def _bwd_kernel(
                             lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty,
                             ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, seqlen_q, seqlen_k,
                             shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_TABLE,
-                            HAS_CODES, HAS_PHI, SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout,
-                            v_layout, do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS,
-                            KV_STAGES, ALTERNATES)),
+                            HAS_CODES, HAS_PHI, SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, WIDTH_D, WIDTH_DV, q_layout,
+                            k_layout, v_layout, do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE,
+                            CONSUMERS, KV_STAGES, ALTERNATES)),
                 (_consume, (1, dk_desc, dv_desc, dpk_desc, table, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, ds_smem,
                             lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty,
                             ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, seqlen_q, seqlen_k,
                             shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_TABLE,
-                            HAS_CODES, HAS_PHI, SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout,
-                            v_layout, do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS,
-                            KV_STAGES, ALTERNATES)),
+                            HAS_CODES, HAS_PHI, SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, WIDTH_D, WIDTH_DV, q_layout,
+                            k_layout, v_layout, do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE,
+                            CONSUMERS, KV_STAGES, ALTERNATES)),
                 (_sum_over_keys, (dq_desc, dpq_desc, k_smem, sum_smem, ds_smem, dq_smem, dpq_smem, kv_full, kv_empty,
                                   ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, slabs, seqlen_q,
                                   shift, left, right, pq_s1, pq_v2, pq_s2, HAS_LEFT, HAS_RIGHT, SUM_DPQ, BLOCK_D,
@@ -388,23 +390,23 @@ def _bwd_kernel(
                             lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty,
                             ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, seqlen_q, seqlen_k,
                             shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_TABLE,
-                            HAS_CODES, HAS_PHI, SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout,
-                            v_layout, do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS,
-                            KV_STAGES, ALTERNATES)),
+                            HAS_CODES, HAS_PHI, SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, WIDTH_D, WIDTH_DV, q_layout,
+                            k_layout, v_layout, do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE,
+                            CONSUMERS, KV_STAGES, ALTERNATES)),
                 (_consume, (1, dk_desc, dv_desc, dpk_desc, table, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, ds_smem,
                             lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty,
                             ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, seqlen_q, seqlen_k,
                             shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_TABLE,
-                            HAS_CODES, HAS_PHI, SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout,
-                            v_layout, do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS,
-                            KV_STAGES, ALTERNATES)),
+                            HAS_CODES, HAS_PHI, SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, WIDTH_D, WIDTH_DV, q_layout,
+                            k_layout, v_layout, do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE,
+                            CONSUMERS, KV_STAGES, ALTERNATES)),
                 (_consume, (2, dk_desc, dv_desc, dpk_desc, table, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, ds_smem,
                             lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty,
                             ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, seqlen_q, seqlen_k,
                             shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_TABLE,
-                            HAS_CODES, HAS_PHI, SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout,
-                            v_layout, do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS,
-                            KV_STAGES, ALTERNATES)),
+                            HAS_CODES, HAS_PHI, SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, WIDTH_D, WIDTH_DV, q_layout,
+                            k_layout, v_layout, do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE,
+                            CONSUMERS, KV_STAGES, ALTERNATES)),
                 (_sum_over_keys, (dq_desc, dpq_desc, k_smem, sum_smem, ds_smem, dq_smem, dpq_smem, kv_full, kv_empty,
                                   ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, slabs, seqlen_q,
                                   shift, left, right, pq_s1, pq_v2, pq_s2, HAS_LEFT, HAS_RIGHT, SUM_DPQ, BLOCK_D,

@@ -7,7 +7,7 @@ Gluon is experimental: its names move between releases. Kernels import them from
 # pyright: reportAttributeAccessIssue=false, reportMissingImports=false, reportOptionalMemberAccess=false
 
 from triton._C.libtriton import ir
-from triton.experimental.gluon import jit
+from triton.experimental.gluon import constexpr_function, jit
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -21,6 +21,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 __all__ = [
     "TensorDescriptor",
+    "constexpr_function",
     "fence_async_shared",
     "gl",
     "jit",

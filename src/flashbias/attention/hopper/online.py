@@ -4,6 +4,7 @@
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportReturnType=false
 # pyright: reportAssignmentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
 
+from flashbias.attention.hopper import chunks
 from flashbias.attention.hopper.gluon import (
     fence_async_shared,
     gl,
@@ -101,12 +102,12 @@ def _produce(
 @jit
 def _issue_scores(s, q, k_smem, pq, pk_smem, stage, HAS_TABLE: gl.constexpr, HAS_PHI: gl.constexpr,
                   KEYS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_R: gl.constexpr,
-                  k_layout: gl.constexpr, pk_layout: gl.constexpr):  # fmt: skip
+                  WIDTH_D: gl.constexpr, k_layout: gl.constexpr, pk_layout: gl.constexpr):  # fmt: skip
     """S / scale of the first KEYS keys of a tile, in flight: a sum that starts at s; the factors are one more chunk."""
     k = k_smem.index(stage)._reinterpret(k_smem.dtype, [BLOCK_N, BLOCK_D], k_layout)
     if KEYS < BLOCK_N:
         k = k.slice(0, KEYS, 0)
-    s = warpgroup_mma(q, k.permute((1, 0)), s, use_acc=HAS_TABLE, is_async=True)
+    s = chunks.issue(chunks.of(q, WIDTH_D), chunks.of(k, WIDTH_D), s, HAS_TABLE)
     if HAS_PHI:
         pk = pk_smem.index(stage)._reinterpret(pk_smem.dtype, [BLOCK_N, BLOCK_R], pk_layout)
         if KEYS < BLOCK_N:
@@ -130,8 +131,8 @@ def _step(acc, p, m_i, l_i, step, start_n, q, pq, q_full, q_phase, k_smem, v_sme
           HAS_TERMS: gl.constexpr, RANK: gl.constexpr, ORDERED: gl.constexpr, CONSUMERS: gl.constexpr,
           STAGES: gl.constexpr, BEFORE: gl.constexpr,
           BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr,
-          k_layout: gl.constexpr, v_layout: gl.constexpr, pk_layout: gl.constexpr, s_layout: gl.constexpr,
-          o_layout: gl.constexpr):  # fmt: skip
+          WIDTH_D: gl.constexpr, WIDTH_DV: gl.constexpr, k_layout: gl.constexpr, v_layout: gl.constexpr,
+          pk_layout: gl.constexpr, s_layout: gl.constexpr):  # fmt: skip
     """One tile of keys; P V of the tile before, of BEFORE keys, is in flight beside its scores."""
     stage = step % STAGES
     offset = m_i
@@ -145,16 +146,16 @@ def _step(acc, p, m_i, l_i, step, start_n, q, pq, q_full, q_phase, k_smem, v_sme
     if ORDERED:
         _await_turn(order, w, step)
     s = _issue_scores(s, q, k_smem, pq, pk_smem, stage, HAS_TABLE, HAS_PHI, BLOCK_N, BLOCK_N, BLOCK_D, BLOCK_R,
-                      k_layout, pk_layout)  # fmt: skip
+                      WIDTH_D, k_layout, pk_layout)  # fmt: skip
     before = (step - 1) % STAGES
     mbarrier.wait(v_full.index(before), ((step - 1) // STAGES) & 1)
     v = v_smem.index(before)._reinterpret(v_smem.dtype, [BLOCK_N, BLOCK_DV], v_layout)
     if BEFORE < BLOCK_N:
         v = v.slice(0, BEFORE, 0)
-    acc = warpgroup_mma(p, v, acc, is_async=True)
+    acc = chunks.add(acc, p, v, WIDTH_DV)
     if ORDERED:
         mbarrier.arrive(order.index((w + 1) % CONSUMERS))
-    s = warpgroup_mma_wait(1, deps=[s])
+    s = warpgroup_mma_wait(chunks.sum_count(WIDTH_DV), deps=[s])
     # One loop for tiles with masks and without: two of them would unpack and pack P where they meet.
     if HAS_LEFT or HAS_RIGHT:  # noqa: SIM102
         if is_edge:
@@ -165,22 +166,22 @@ def _step(acc, p, m_i, l_i, step, start_n, q, pq, q_full, q_phase, k_smem, v_sme
     # Without a barrier here, passed long ago, the assembler moves the wait below above the softmax, and nothing
     # overlaps. Of one that this step waited on before, Triton would synchronise the warps once more.
     mbarrier.wait(q_full, q_phase)
-    acc = warpgroup_mma_wait(0, deps=[acc])
+    acc = chunks.settled(acc, 0)
     mbarrier.arrive(empty.index(stage))
-    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None]
-    p = gl.convert_layout(weights.to(v_smem.dtype), gl.DotOperandLayout(0, o_layout, 2))
+    acc = chunks.scaled(acc, alpha, WIDTH_DV)
+    p = gl.convert_layout(weights.to(v_smem.dtype), chunks.weights_layout(WIDTH_DV))
     return acc, p, m_i, l_i, step + 1
 
 
 @jit
 def _store_rows(acc, lse, o_desc, o_smem, lse_ptr, queries, h, start_m, IS_VARLEN: gl.constexpr,
-                BLOCK_DV: gl.constexpr, O_IN_Q: gl.constexpr, o_smem_layout: gl.constexpr,
+                BLOCK_DV: gl.constexpr, WIDTH_DV: gl.constexpr, O_IN_Q: gl.constexpr, o_smem_layout: gl.constexpr,
                 rows: gl.constexpr):  # fmt: skip
     """Write the output through shared memory, and the log-sum-exp."""
     base_q, own_q, b_q, row_q = queries
     if not O_IN_Q:
         store_wait(0)
-    o_smem._reinterpret(o_smem.dtype, [ROWS, BLOCK_DV], o_smem_layout).store(acc.to(o_smem.dtype))
+    chunks.write(acc, o_smem._reinterpret(o_smem.dtype, [ROWS, BLOCK_DV], o_smem_layout), WIDTH_DV)
     fence_async_shared()
     store_rows(o_desc, b_q, h, row_q + start_m, o_smem, IS_VARLEN)
     i = start_m + gl.arange(0, ROWS, rows)
@@ -196,15 +197,14 @@ def _consume(
     HAS_CODES: gl.constexpr, HAS_TERMS: gl.constexpr, RANK: gl.constexpr, ORDERED: gl.constexpr,
     CONSUMERS: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr, O_IN_Q: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr,
-    q_layout: gl.constexpr, k_layout: gl.constexpr, v_layout: gl.constexpr, pq_layout: gl.constexpr,
-    pk_layout: gl.constexpr, o_smem_layout: gl.constexpr,
+    WIDTH_D: gl.constexpr, WIDTH_DV: gl.constexpr, q_layout: gl.constexpr, k_layout: gl.constexpr,
+    v_layout: gl.constexpr, pq_layout: gl.constexpr, pk_layout: gl.constexpr, o_smem_layout: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup w: online softmax of its 64 queries of every tile."""
     BLOCK_M: gl.constexpr = ROWS * CONSUMERS
     first_keys: gl.constexpr = TAIL if TAIL > 0 else BLOCK_N
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     first_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, first_keys, 16])
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     q_smem, k_smem, v_smem, pq_smem, pk_smem = buffers
     q_full, q_empty, k_full, v_full, empty = barriers
@@ -237,7 +237,7 @@ def _consume(
         if IS_SPLIT:
             lo, full_lo, full_hi, hi = part_of(lo, full_lo, full_hi, hi, part, deal[3])
         start_m = block * BLOCK_M + w * ROWS
-        acc = gl.zeros([ROWS, BLOCK_DV], gl.float32, o_layout)
+        acc = chunks.zeros(WIDTH_DV)
         m_i = gl.full([ROWS], FLOOR, gl.float32, gl.SliceLayout(1, first_layout))
         l_i = gl.zeros([ROWS, QUAD], gl.float32, PARTS)
 
@@ -272,7 +272,7 @@ def _consume(
             _await_turn(order, w, step)
             mbarrier.arrive(order.index((w + 1) % CONSUMERS))
         s = _issue_scores(s, q, k_smem, pq, pk_smem, stage, HAS_TABLE, HAS_PHI, first_keys, BLOCK_N, BLOCK_D, BLOCK_R,
-                          k_layout, pk_layout)  # fmt: skip
+                          WIDTH_D, k_layout, pk_layout)  # fmt: skip
         s = warpgroup_mma_wait(0, deps=[s])
         mbarrier.arrive(empty.index(stage))
         if HAS_EDGE:
@@ -281,7 +281,7 @@ def _consume(
         if HAS_TERMS:
             s += gl.load(own_terms + first + gl.arange(0, first_keys, gl.SliceLayout(0, first_layout)))[None, :]
         weights, _, m_i, l_i = softmax(s, m_i, l_i, qk_scale, offset, RANK > 0, first_keys, first_layout)
-        p = gl.convert_layout(weights.to(v_smem.dtype), gl.DotOperandLayout(0, o_layout, 2))
+        p = gl.convert_layout(weights.to(v_smem.dtype), chunks.weights_layout(WIDTH_DV))
         m_i = gl.convert_layout(m_i, rows)
         q_code = gl.convert_layout(q_code, rows)
         step += 1
@@ -297,8 +297,7 @@ def _consume(
                 own_centring,
                 False, start_m, own_k, diagonal, left, right, qk_scale, HAS_LEFT, HAS_RIGHT, HAS_PHI,
                 HAS_TABLE, HAS_CODES, HAS_TERMS, RANK, ORDERED, CONSUMERS, STAGES, TAIL, BLOCK_N, BLOCK_D, BLOCK_DV,
-                BLOCK_R, k_layout, v_layout,
-                pk_layout, s_layout, o_layout,
+                BLOCK_R, WIDTH_D, WIDTH_DV, k_layout, v_layout, pk_layout, s_layout,
             )  # fmt: skip
             last -= 1
         for n in range(last + 1 - lo):
@@ -309,20 +308,20 @@ def _consume(
                 own_centring,
                 (tile >= full_hi) | (tile < full_lo), start_m, own_k, diagonal, left, right, qk_scale,
                 HAS_LEFT, HAS_RIGHT, HAS_PHI, HAS_TABLE, HAS_CODES, HAS_TERMS, RANK, ORDERED, CONSUMERS, STAGES,
-                BLOCK_N, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, k_layout, v_layout, pk_layout, s_layout, o_layout,
+                BLOCK_N, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, WIDTH_D, WIDTH_DV, k_layout, v_layout, pk_layout,
+                s_layout,
             )  # fmt: skip
         if not O_IN_Q:
             mbarrier.arrive(q_empty.index(place))
         stage = (step - 1) % STAGES
         mbarrier.wait(v_full.index(stage), ((step - 1) // STAGES) & 1)
         v = v_smem.index(stage)._reinterpret(v_smem.dtype, [BLOCK_N, BLOCK_DV], v_layout)
-        acc = warpgroup_mma(p, v, acc, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=[acc])
+        acc = chunks.settled(chunks.add(acc, p, v, WIDTH_DV), 0)
 
         total = gl.convert_layout(gl.sum(l_i, 1), rows)
         l_safe = gl.where(total == 0.0, 1.0, total)
         lse = gl.where(total == 0.0, float("-inf"), (m_i + gl.log2(l_safe)) * LN2)
-        acc = acc * gl.convert_layout(1.0 / l_safe, gl.SliceLayout(1, o_layout))[:, None]
+        acc = chunks.scaled(acc, 1.0 / l_safe, WIDTH_DV)
         if O_IN_Q:
             if IS_VARLEN:
                 o_rows = q_smem.index(place)._reinterpret(o_smem.dtype, [1, 1, 1, ROWS, BLOCK_DV], o_desc.layout)
@@ -332,16 +331,14 @@ def _consume(
             o_rows = o_smem.index(w)
         if IS_SPLIT:
             if part >= 0:
-                row = (unit - whole) * BLOCK_M + w * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, o_layout))
-                column = gl.arange(0, BLOCK_DV, gl.SliceLayout(0, o_layout))
-                gl.store(part_ptr + row[:, None] * BLOCK_DV + column[None, :], acc)
+                chunks.write_rows(acc, part_ptr, (unit - whole) * BLOCK_M + w * ROWS, WIDTH_DV, BLOCK_DV)
                 gl.store(part_lse_ptr + (unit - whole) * BLOCK_M + w * ROWS + gl.arange(0, ROWS, rows), lse)
             else:
-                _store_rows(acc, lse, o_desc, o_rows, own_lse, queries, h, start_m, IS_VARLEN, BLOCK_DV, O_IN_Q,
-                            o_smem_layout, rows)  # fmt: skip
+                _store_rows(acc, lse, o_desc, o_rows, own_lse, queries, h, start_m, IS_VARLEN, BLOCK_DV, WIDTH_DV,
+                            O_IN_Q, o_smem_layout, rows)  # fmt: skip
         else:
-            _store_rows(acc, lse, o_desc, o_rows, own_lse, queries, h, start_m, IS_VARLEN, BLOCK_DV, O_IN_Q,
-                        o_smem_layout, rows)  # fmt: skip
+            _store_rows(acc, lse, o_desc, o_rows, own_lse, queries, h, start_m, IS_VARLEN, BLOCK_DV, WIDTH_DV,
+                        O_IN_Q, o_smem_layout, rows)  # fmt: skip
         if O_IN_Q and Q_STAGES == 1:
             store_wait(0)
             mbarrier.arrive(q_empty.index(place))
@@ -372,8 +369,9 @@ def _fwd_kernel(
     HAS_CODES: gl.constexpr, HAS_TERMS: gl.constexpr, RANK: gl.constexpr, ORDERED: gl.constexpr,
     CONSUMERS: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr, O_IN_Q: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr,
-    REGISTERS: gl.constexpr, q_layout: gl.constexpr, k_layout: gl.constexpr, v_layout: gl.constexpr,
-    pq_layout: gl.constexpr, pk_layout: gl.constexpr, o_layout: gl.constexpr,
+    WIDTH_D: gl.constexpr, WIDTH_DV: gl.constexpr, REGISTERS: gl.constexpr, q_layout: gl.constexpr,
+    k_layout: gl.constexpr, v_layout: gl.constexpr, pq_layout: gl.constexpr, pk_layout: gl.constexpr,
+    o_layout: gl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp; a program takes tile after tile of 64 * CONSUMERS queries of one (batch, head)."""
     q_smem = boxes(q_desc, CONSUMERS * Q_STAGES, ROWS, BLOCK_D, IS_VARLEN)
@@ -432,13 +430,13 @@ def _fwd_kernel(
                 (_consume, (0, o_desc, lse_ptr, part_ptr, part_lse_ptr, table, codes, terms, centring, buffers, o_smem,
                             barriers, order, queue, deal, batch, left, right, qk_scale, IS_VARLEN, IS_SPLIT, ALTERNATES,
                             HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, HAS_TABLE, HAS_CODES, HAS_TERMS, RANK, ORDERED,
-                            CONSUMERS, Q_STAGES, STAGES, TAIL, O_IN_Q, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, q_layout,
-                            k_layout, v_layout, pq_layout, pk_layout, o_layout)),
+                            CONSUMERS, Q_STAGES, STAGES, TAIL, O_IN_Q, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, WIDTH_D,
+                            WIDTH_DV, q_layout, k_layout, v_layout, pq_layout, pk_layout, o_layout)),
                 (_consume, (1, o_desc, lse_ptr, part_ptr, part_lse_ptr, table, codes, terms, centring, buffers, o_smem,
                             barriers, order, queue, deal, batch, left, right, qk_scale, IS_VARLEN, IS_SPLIT, ALTERNATES,
                             HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, HAS_TABLE, HAS_CODES, HAS_TERMS, RANK, ORDERED,
-                            CONSUMERS, Q_STAGES, STAGES, TAIL, O_IN_Q, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, q_layout,
-                            k_layout, v_layout, pq_layout, pk_layout, o_layout)),
+                            CONSUMERS, Q_STAGES, STAGES, TAIL, O_IN_Q, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, WIDTH_D,
+                            WIDTH_DV, q_layout, k_layout, v_layout, pq_layout, pk_layout, o_layout)),
                 (_produce, (descriptors, buffers, barriers, queue, deal, batch, group, left, right, owners_q, owners_k,
                             IS_VARLEN, IS_SPLIT, ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_PHI, CONSUMERS, Q_STAGES, STAGES,
                             BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R)),
@@ -452,18 +450,18 @@ def _fwd_kernel(
                 (_consume, (0, o_desc, lse_ptr, part_ptr, part_lse_ptr, table, codes, terms, centring, buffers, o_smem,
                             barriers, order, queue, deal, batch, left, right, qk_scale, IS_VARLEN, IS_SPLIT, ALTERNATES,
                             HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, HAS_TABLE, HAS_CODES, HAS_TERMS, RANK, ORDERED,
-                            CONSUMERS, Q_STAGES, STAGES, TAIL, O_IN_Q, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, q_layout,
-                            k_layout, v_layout, pq_layout, pk_layout, o_layout)),
+                            CONSUMERS, Q_STAGES, STAGES, TAIL, O_IN_Q, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, WIDTH_D,
+                            WIDTH_DV, q_layout, k_layout, v_layout, pq_layout, pk_layout, o_layout)),
                 (_consume, (1, o_desc, lse_ptr, part_ptr, part_lse_ptr, table, codes, terms, centring, buffers, o_smem,
                             barriers, order, queue, deal, batch, left, right, qk_scale, IS_VARLEN, IS_SPLIT, ALTERNATES,
                             HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, HAS_TABLE, HAS_CODES, HAS_TERMS, RANK, ORDERED,
-                            CONSUMERS, Q_STAGES, STAGES, TAIL, O_IN_Q, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, q_layout,
-                            k_layout, v_layout, pq_layout, pk_layout, o_layout)),
+                            CONSUMERS, Q_STAGES, STAGES, TAIL, O_IN_Q, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, WIDTH_D,
+                            WIDTH_DV, q_layout, k_layout, v_layout, pq_layout, pk_layout, o_layout)),
                 (_consume, (2, o_desc, lse_ptr, part_ptr, part_lse_ptr, table, codes, terms, centring, buffers, o_smem,
                             barriers, order, queue, deal, batch, left, right, qk_scale, IS_VARLEN, IS_SPLIT, ALTERNATES,
                             HAS_LEFT, HAS_RIGHT, HAS_EDGE, HAS_PHI, HAS_TABLE, HAS_CODES, HAS_TERMS, RANK, ORDERED,
-                            CONSUMERS, Q_STAGES, STAGES, TAIL, O_IN_Q, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, q_layout,
-                            k_layout, v_layout, pq_layout, pk_layout, o_layout)),
+                            CONSUMERS, Q_STAGES, STAGES, TAIL, O_IN_Q, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R, WIDTH_D,
+                            WIDTH_DV, q_layout, k_layout, v_layout, pq_layout, pk_layout, o_layout)),
                 (_produce, (descriptors, buffers, barriers, queue, deal, batch, group, left, right, owners_q, owners_k,
                             IS_VARLEN, IS_SPLIT, ALTERNATES, HAS_LEFT, HAS_RIGHT, HAS_PHI, CONSUMERS, Q_STAGES, STAGES,
                             BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R)),

@@ -39,9 +39,9 @@ def zeros(groups: int, rows: int, width: int, columns: int, device: torch.device
     return torch.zeros(groups, cdiv(rows, SLAB), width // columns, SLAB * columns, dtype=torch.float32, device=device)
 
 
-def box_of(sums: Tensor) -> Any:
-    """Describe slabs to the copy engine, one to a box."""
-    return described(sums.view(-1, LINE), (sums.shape[-1] // LINE, LINE), plain())
+def box_of(sums: Tensor, columns: int) -> Any:
+    """Describe slabs to the copy engine, so many of their columns to a box."""
+    return described(sums.view(-1, LINE), (SLAB * columns // LINE, LINE), plain())
 
 
 @functools.cache

@@ -1,14 +1,15 @@
 """Backward pass for Hopper where heads are wider than 64: two warpgroups, which exchange dS.
 
 As in `fused.py`, but the sums dk and dv leave no registers for keys, values and a warpgroup that makes dq. So the two
-warpgroups put dS where both read it, each makes half of the columns of dq over the keys of both, and the first one
-dphi_q.
+warpgroups put dS where both read it, each makes half of the columns of dq over the keys of both, and one of them
+dphi_q: where heads are narrower than what is held, the one with fewer columns.
 """
 
 # Gluon is untyped: jitted functions take and return what annotations cannot say.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportReturnType=false
 # pyright: reportAssignmentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
 
+from flashbias.attention.hopper import chunks
 from flashbias.attention.hopper.gluon import (
     fence_async_shared,
     gl,
@@ -28,8 +29,8 @@ from flashbias.attention.triton.scores import LOG2E
 @jit
 def _issue_scores(
     k, v, pk, step, q_smem, do_smem, pq_smem, q_full, HAS_PHI: gl.constexpr, STAGES: gl.constexpr,
-    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, q_layout: gl.constexpr,
-    do_layout: gl.constexpr, pq_layout: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, WIDTH_D: gl.constexpr,
+    WIDTH_DV: gl.constexpr, q_layout: gl.constexpr, do_layout: gl.constexpr, pq_layout: gl.constexpr,
 ):  # fmt: skip
     """S^T / scale and dP^T of a step, in flight."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SLAB, 16])
@@ -38,11 +39,11 @@ def _issue_scores(
     q = q_smem.index(stage)._reinterpret(q_smem.dtype, [SLAB, BLOCK_D], q_layout)
     do = do_smem.index(stage)._reinterpret(do_smem.dtype, [SLAB, BLOCK_DV], do_layout)
     zero = gl.zeros([ROWS, SLAB], gl.float32, s_layout)
-    s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+    s = chunks.issue(k, chunks.of(q, WIDTH_D), zero, False)
     if HAS_PHI:
         pq = pq_smem.index(stage)._reinterpret(pq_smem.dtype, [SLAB, BLOCK_R], pq_layout)
         s = warpgroup_mma(pk, pq.permute((1, 0)), s, is_async=True)
-    return s, warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
+    return s, chunks.issue(v, chunks.of(do, WIDTH_DV), zero, False)
 
 
 @jit
@@ -52,18 +53,20 @@ def _walk(
     dq_desc, dpq_desc, seqlen_k, shift, left, right, qk_scale, IS_EDGE: gl.constexpr, HAS_TAIL: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr,
     SUM_DPK: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr,
-    BLOCK_SUM: gl.constexpr, BLOCK_G: gl.constexpr, q_layout: gl.constexpr, k_layout: gl.constexpr,
-    do_layout: gl.constexpr, pq_layout: gl.constexpr, sum_layout: gl.constexpr, dq_layout: gl.constexpr,
-    dpq_layout: gl.constexpr, DQ_COLUMNS: gl.constexpr, CONSUMERS: gl.constexpr,
+    BLOCK_SUM: gl.constexpr, BLOCK_G: gl.constexpr, WIDTH_D: gl.constexpr, WIDTH_DV: gl.constexpr,
+    q_layout: gl.constexpr, k_layout: gl.constexpr, do_layout: gl.constexpr, pq_layout: gl.constexpr,
+    sum_layout: gl.constexpr, dq_layout: gl.constexpr, dpq_layout: gl.constexpr, DQ_COLUMNS: gl.constexpr,
+    CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """Walk over `count` tiles of queries from `first`, the one `turned` steps in at first."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SLAB, 16])
-    dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
-    dv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     dphi_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_G, 16])
-    part_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQ_COLUMNS, 16])
-    # Warpgroups have columns of dq each; the first one makes dphi_q.
-    OWN_DPQ: gl.constexpr = SUM_DPQ and w == 0
+    # Each warpgroup has columns of dq, the second one no more than the first.
+    OWN_COLUMNS: gl.constexpr = chunks.half_columns(WIDTH_D, BLOCK_D, w)
+    BOX_COLUMNS: gl.constexpr = chunks.half_columns(WIDTH_D, BLOCK_D, 1)
+    BOX_LINES: gl.constexpr = SLAB * BOX_COLUMNS // LINE
+    part_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OWN_COLUMNS, 16])
+    OWN_DPQ: gl.constexpr = SUM_DPQ and w == chunks.sum_count(WIDTH_D) - 1
     # Products that are issued behind those of dk, dv and dphi.
     BEHIND: gl.constexpr = CONSUMERS * (2 if OWN_DPQ else 1)
     for n in range(count):
@@ -75,13 +78,13 @@ def _walk(
         q = q_smem.index(stage)._reinterpret(q_smem.dtype, [SLAB, BLOCK_D], q_layout)
         do = do_smem.index(stage)._reinterpret(do_smem.dtype, [SLAB, BLOCK_DV], do_layout)
         s, dp = _issue_scores(k, v, pk, step, q_smem, do_smem, pq_smem, q_full, HAS_PHI, STAGES,
-                              BLOCK_D, BLOCK_DV, BLOCK_R, q_layout, do_layout, pq_layout)  # fmt: skip
-        s = warpgroup_mma_wait(1, deps=[s])
+                              BLOCK_D, BLOCK_DV, BLOCK_R, WIDTH_D, WIDTH_DV, q_layout, do_layout,
+                              pq_layout)  # fmt: skip
+        s = warpgroup_mma_wait(len(v), deps=[s])
         p = weights(s, lse_smem.index(stage), tile * SLAB, start_n + w * ROWS, seqlen_k, shift, left, right,
                     qk_scale, IS_EDGE, HAS_TAIL, HAS_LEFT, HAS_RIGHT)  # fmt: skip
-        p16 = gl.convert_layout(p.to(do_smem.dtype), gl.DotOperandLayout(0, dv_layout, 2))
-        dv = warpgroup_mma(p16, do, dv, is_async=True)
-        dp = warpgroup_mma_wait(1, deps=[dp])
+        dv = chunks.add(dv, p.to(do_smem.dtype), do, WIDTH_DV)
+        dp = warpgroup_mma_wait(len(dv), deps=[dp])
         # Read no earlier: registers are short until here.
         delta = delta_smem.index(stage).load(gl.SliceLayout(0, s_layout))
         ds16 = (p * (dp - delta[None, :])).to(q_smem.dtype)
@@ -89,7 +92,7 @@ def _walk(
         own.store(ds16)
         fence_async_shared()
         mbarrier.arrive(ds_full.index(half))
-        dk = warpgroup_mma(gl.convert_layout(ds16, gl.DotOperandLayout(0, dk_layout, 2)), q, dk, is_async=True)
+        dk = chunks.add(dk, ds16, q, WIDTH_D)
         if SUM_DPK:
             pq = pq_smem.index(stage)._reinterpret(pq_smem.dtype, [SLAB, BLOCK_R], pq_layout)
             dphi = warpgroup_mma(
@@ -97,11 +100,11 @@ def _walk(
                 is_async=True,
             )  # fmt: skip
         mbarrier.wait(ds_full.index(half), (step >> 1) & 1)
-        dq = gl.zeros([SLAB, DQ_COLUMNS], gl.float32, part_layout)
+        dq = gl.zeros([SLAB, OWN_COLUMNS], gl.float32, part_layout)
         for c in gl.static_range(CONSUMERS):
             k_c = k_smem.index(c)._reinterpret(k_smem.dtype, [ROWS, BLOCK_D], k_layout)
             dq = warpgroup_mma(
-                ds_smem.index(half * CONSUMERS + c).permute((1, 0)), k_c.slice(w * DQ_COLUMNS, DQ_COLUMNS, dim=1), dq,
+                ds_smem.index(half * CONSUMERS + c).permute((1, 0)), k_c.slice(w * DQ_COLUMNS, OWN_COLUMNS, dim=1), dq,
                 use_acc=c > 0, is_async=True,
             )  # fmt: skip
         if OWN_DPQ:
@@ -113,9 +116,12 @@ def _walk(
                     use_acc=c > 0, is_async=True,
                 )  # fmt: skip
         if SUM_DPK:
-            dk, dv, dphi = warpgroup_mma_wait(BEHIND, deps=[dk, dv, dphi])
+            sums = chunks.settled(dk + dv + (dphi,), BEHIND)
+            dphi = sums[len(dk) + len(dv)]
         else:
-            dk, dv = warpgroup_mma_wait(BEHIND, deps=[dk, dv])
+            sums = chunks.settled(dk + dv, BEHIND)
+        dv = sums[len(dk) : len(dk) + len(dv)]
+        dk = sums[: len(dk)]
         mbarrier.arrive(q_empty.index(stage))
         store_wait(0)
         if OWN_DPQ:
@@ -124,10 +130,14 @@ def _walk(
         else:
             dq = warpgroup_mma_wait(0, deps=[dq])
         mbarrier.arrive(ds_empty.index(half))
-        dq_smem.index(w)._reinterpret(gl.float32, [SLAB, DQ_COLUMNS], dq_layout).store(dq)
+        own_dq = dq_smem.index(w)._reinterpret(gl.float32, [SLAB, DQ_COLUMNS], dq_layout)
+        own_dq.slice(0, OWN_COLUMNS, dim=1).store(dq)
         fence_async_shared()
         slab = (bh * slabs + tile) * CONSUMERS + w
-        reduce_add(dq_desc, [slab * (SLAB * DQ_COLUMNS // LINE), 0], dq_smem.index(w))
+        # The lines of a slab are a few columns each, one after the other: in boxes of the fewest that a warpgroup has.
+        for n in gl.static_range(OWN_COLUMNS // BOX_COLUMNS):
+            lines = dq_smem.index(w).slice(n * BOX_LINES, BOX_LINES)
+            reduce_add(dq_desc, [slab * (SLAB * DQ_COLUMNS // LINE) + n * BOX_LINES, 0], lines)
         if OWN_DPQ:
             reduce_add(dpq_desc, [(f_q * slabs + tile) * (SLAB * BLOCK_G // LINE), 0], dpq_smem)
         step += 1
@@ -142,18 +152,18 @@ def _consume(
     pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_TAIL: gl.constexpr,
     HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr, SUM_DPK: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr,
     BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_SUM: gl.constexpr, BLOCK_G: gl.constexpr,
-    q_layout: gl.constexpr, k_layout: gl.constexpr, v_layout: gl.constexpr, do_layout: gl.constexpr,
-    pq_layout: gl.constexpr, pk_layout: gl.constexpr, sum_layout: gl.constexpr, dq_layout: gl.constexpr,
-    dpq_layout: gl.constexpr, dpk_layout: gl.constexpr, DQ_COLUMNS: gl.constexpr, CONSUMERS: gl.constexpr,
-    ALTERNATES: gl.constexpr,
+    WIDTH_D: gl.constexpr, WIDTH_DV: gl.constexpr, q_layout: gl.constexpr, k_layout: gl.constexpr,
+    v_layout: gl.constexpr, do_layout: gl.constexpr, pq_layout: gl.constexpr, pk_layout: gl.constexpr,
+    sum_layout: gl.constexpr, dq_layout: gl.constexpr, dpq_layout: gl.constexpr, dpk_layout: gl.constexpr,
+    DQ_COLUMNS: gl.constexpr, CONSUMERS: gl.constexpr, ALTERNATES: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup w: 64 keys of every tile."""
     BLOCK_N: gl.constexpr = ROWS * CONSUMERS
-    dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
-    dv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     dphi_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_G, 16])
     k = k_smem.index(w)._reinterpret(k_smem.dtype, [ROWS, BLOCK_D], k_layout)
     v = v_smem.index(w)._reinterpret(v_smem.dtype, [ROWS, BLOCK_DV], v_layout)
+    k_chunks = chunks.of(k, WIDTH_D)
+    v_chunks = chunks.of(v, WIDTH_DV)
     pk = k
     if HAS_PHI:
         pk = pk_smem.index(w)._reinterpret(pk_smem.dtype, [ROWS, BLOCK_R], pk_layout)
@@ -164,8 +174,8 @@ def _consume(
         )
         start_n = block * BLOCK_N
         lo, full_lo, full_hi, hi = query_tiles(start_n, seqlen_q, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
-        dk = gl.zeros([ROWS, BLOCK_D], gl.float32, dk_layout)
-        dv = gl.zeros([ROWS, BLOCK_DV], gl.float32, dv_layout)
+        dk = chunks.zeros(WIDTH_D)
+        dv = chunks.zeros(WIDTH_DV)
         dphi = gl.zeros([ROWS, BLOCK_G], gl.float32, dphi_layout)
         mbarrier.wait(kv_full.index(0), turn & 1)
         begin = step
@@ -185,18 +195,18 @@ def _consume(
                 if part == 1 or (part == 0 and HAS_RIGHT) or (part == 2 and HAS_LEFT):
                     dk, dv, dphi, step = _walk(
                         w, dk, dv, dphi, step, first, count, turn_of(block, num_blocks, count, HAS_LEFT or HAS_RIGHT),
-                        f_q, bh, slabs, start_n, k, v, pk, q_smem, k_smem, do_smem, pq_smem, sum_smem,
+                        f_q, bh, slabs, start_n, k_chunks, v_chunks, pk, q_smem, k_smem, do_smem, pq_smem, sum_smem,
                         ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, q_full, q_empty, ds_full, ds_empty, dq_desc,
                         dpq_desc, seqlen_k, shift, left, right, scale * LOG2E,
                         part != 1, HAS_TAIL, HAS_LEFT, HAS_RIGHT, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_D,
-                        BLOCK_DV, BLOCK_R, BLOCK_SUM, BLOCK_G, q_layout, k_layout, do_layout, pq_layout, sum_layout,
-                        dq_layout, dpq_layout, DQ_COLUMNS, CONSUMERS,
+                        BLOCK_DV, BLOCK_R, BLOCK_SUM, BLOCK_G, WIDTH_D, WIDTH_DV, q_layout, k_layout, do_layout,
+                        pq_layout, sum_layout, dq_layout, dpq_layout, DQ_COLUMNS, CONSUMERS,
                     )  # fmt: skip
         # The other warpgroup reads these keys until it has made its last part of dq.
         last = step - 1
         mbarrier.wait(ds_empty.index(last & 1), (last >> 1) & 1, pred=step > begin)
-        k.store((dk * scale).to(k_smem.dtype))
-        v.store(dv.to(v_smem.dtype))
+        chunks.write(chunks.times(dk, scale), k, WIDTH_D)
+        chunks.write(dv, v, WIDTH_DV)
         if SUM_DPK:
             store_wait(0)
             own = dpk_smem.index(w)
@@ -225,10 +235,11 @@ def _bwd_wide_kernel(
     stride_pr, stride_c, references, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_TAIL: gl.constexpr,
     HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr, SUM_DPK: gl.constexpr, RANK: gl.constexpr, STAGES: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr,
-    DQ_COLUMNS: gl.constexpr, CONSUMERS: gl.constexpr, ALTERNATES: gl.constexpr, REGISTERS: gl.constexpr,
-    PRODUCER_REGISTERS: gl.constexpr, q_layout: gl.constexpr, k_layout: gl.constexpr, v_layout: gl.constexpr,
-    do_layout: gl.constexpr, pq_layout: gl.constexpr, pk_layout: gl.constexpr, sum_layout: gl.constexpr,
-    ds_layout: gl.constexpr, dq_layout: gl.constexpr, dpq_layout: gl.constexpr, dpk_layout: gl.constexpr,
+    WIDTH_D: gl.constexpr, WIDTH_DV: gl.constexpr, DQ_COLUMNS: gl.constexpr, CONSUMERS: gl.constexpr,
+    ALTERNATES: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, q_layout: gl.constexpr,
+    k_layout: gl.constexpr, v_layout: gl.constexpr, do_layout: gl.constexpr, pq_layout: gl.constexpr,
+    pk_layout: gl.constexpr, sum_layout: gl.constexpr, ds_layout: gl.constexpr, dq_layout: gl.constexpr,
+    dpq_layout: gl.constexpr, dpk_layout: gl.constexpr,
 ):  # fmt: skip
     """All gradients; a program takes every so-manieth tile of 128 keys of one (batch, head of keys)."""
     # A thread reads 16 bytes at a time of what its columns need.
@@ -283,15 +294,15 @@ def _bwd_wide_kernel(
                         kv_empty, q_full, q_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group,
                         slabs, seqlen_q, seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2,
                         HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R,
-                        BLOCK_SUM, BLOCK_G, q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout, sum_layout,
-                        dq_layout, dpq_layout, dpk_layout, DQ_COLUMNS, CONSUMERS, ALTERNATES)),
+                        BLOCK_SUM, BLOCK_G, WIDTH_D, WIDTH_DV, q_layout, k_layout, v_layout, do_layout, pq_layout,
+                        pk_layout, sum_layout, dq_layout, dpq_layout, dpk_layout, DQ_COLUMNS, CONSUMERS, ALTERNATES)),
             (_consume, (1, dq_desc, dk_desc, dv_desc, dpq_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem,
                         pk_smem, sum_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, dpk_smem, kv_full,
                         kv_empty, q_full, q_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group,
                         slabs, seqlen_q, seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2,
                         HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R,
-                        BLOCK_SUM, BLOCK_G, q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout, sum_layout,
-                        dq_layout, dpq_layout, dpk_layout, DQ_COLUMNS, CONSUMERS, ALTERNATES)),
+                        BLOCK_SUM, BLOCK_G, WIDTH_D, WIDTH_DV, q_layout, k_layout, v_layout, do_layout, pq_layout,
+                        pk_layout, sum_layout, dq_layout, dpq_layout, dpk_layout, DQ_COLUMNS, CONSUMERS, ALTERNATES)),
             (produce, (q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, sum_desc, lse_ptr, delta_ptr, centring,
                        q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, sum_smem, lse_smem, delta_smem, kv_full,
                        kv_empty, q_full, q_empty, units, pairs, heads, num_blocks, num_heads, group, stride_rows,
