@@ -90,3 +90,10 @@ def test_flatten_heads_is_a_view() -> None:
     x = torch.randn(2, 3, 5, 4)
     assert flatten_heads(x).shape == (6, 5, 4)
     assert flatten_heads(x).data_ptr() == x.data_ptr()
+
+
+@given(st.integers(1, 60), st.integers(1, 60))
+def test_parts_hold_all_members_and_none_is_empty(members: int, wanted: int) -> None:
+    parts, each = Sharing(1, members, 1, 1).parts(wanted)
+    assert parts <= wanted
+    assert (parts - 1) * each < members <= parts * each

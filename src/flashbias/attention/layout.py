@@ -43,6 +43,22 @@ class Sharing:
         """What a kernel needs: S1, V2, S2."""
         return self.s1, self.v2, self.s2
 
+    def parts(self, wanted: int) -> tuple[int, int]:
+        """Cut the members into at most `wanted` parts, none of them empty.
+
+        Args:
+            wanted: parts, at least 1.
+
+        Returns:
+            How many parts there are, and how many members each of them has, but for the last, which may have fewer.
+
+        Examples:
+            >>> Sharing(1, 9, 1, 1).parts(8)  # of two members, so that five are enough
+            (5, 2)
+        """
+        each = cdiv(self.members, wanted)
+        return cdiv(self.members, each), each
+
     @classmethod
     def nothing(cls, count: int) -> Sharing:
         """Every one of `count` pairs has its own."""

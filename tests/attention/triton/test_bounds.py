@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.attention.triton.test_shared import OPEN, relative_errors
 
 import flashbias as fb
 
@@ -93,3 +94,22 @@ def test_kernels_stay_within_their_tensors(
 ) -> None:
     attend(dtype, n, m, d, dv, rank, table, causal_alignment="bottom_right", **options)
     assert strays == []
+
+
+class TestPartsOfAWalk:
+    """A part loads the rows of its first member before it walks: one without members would read past the last."""
+
+    @pytest.mark.parametrize("batch", [9, 10, 11, 12])
+    def test_of_a_table(self, strays: list[str], batch: int) -> None:
+        """One tile, which would like to be eight parts: nine members are five parts of two, not eight."""
+        leaves = [torch.randn(batch, 1, 16, 16, requires_grad=True) for _ in range(3)]
+        bias = fb.FactoredBias.from_table(torch.randn(1, 9, requires_grad=True), 16, 16)
+        fb.attention(*leaves, bias, impl="triton").square().sum().backward()  # type: ignore[union-attr]
+        assert strays == []
+
+    @pytest.mark.parametrize("batch", [24, 25, 26])
+    def test_of_wide_factors(self, strays: list[str], batch: int) -> None:
+        """Six parts are wanted: twenty-five members are five of five."""
+        sizes: dict[str, Any] = {"n": 16, "m": 16, "lead": batch, "heads": 1, "kv_heads": 1, "own": (1, 1)}
+        assert max(relative_errors("cpu", torch.float32, OPEN, **sizes)) < 3e-6
+        assert strays == []

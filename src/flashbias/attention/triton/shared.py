@@ -210,7 +210,7 @@ def launch(
     (phi_q, phi_k), (dphi_q, dphi_k), sharing = factors, sums, ops.sharing_q
     block_m, block_n, num_warps, num_stages = tile_of(ops)
     blocks_m, blocks_n = cdiv(ops.seqlen_q, block_m), cdiv(ops.seqlen_k, block_n)
-    splits = _splits(sharing, blocks_m * blocks_n, ops.q.device)
+    splits, members = _parts(sharing, blocks_m * blocks_n, ops.q.device)
     assert ops.phi_q is not None
     start(
         _bwd_shared_kernel,
@@ -221,7 +221,7 @@ def launch(
         ops.num_heads, ops.group, ops.seqlen_q, ops.seqlen_k, ops.head_dim, ops.head_dim_v,
         phi_q.shape[-1], ops.phi_q.shape[-1], ops.seqlen_k - ops.seqlen_q if ops.bottom_right else 0,
         ops.window_left, ops.window_right, ops.scale, *sharing.sizes, blocks_m, blocks_n, sharing.members,
-        cdiv(sharing.members, splits),
+        members,
         HAS_LEFT=ops.window_left >= 0,
         HAS_RIGHT=ops.window_right >= 0,
         SUM_DPQ=dphi_q is not None,
@@ -245,10 +245,10 @@ def tile_of(ops: Operands) -> tuple[int, int, int, int]:
     return block_m, 64, 8 if block_m == 128 else 4, 2 if is_wide else 3
 
 
-def _splits(sharing: Sharing, tiles: int, device: torch.device) -> int:
-    """Parts into which the members are split so that programs fill the GPU."""
+def _parts(sharing: Sharing, tiles: int, device: torch.device) -> tuple[int, int]:
+    """Parts into which the members are split so that programs fill the GPU, and members of each."""
     wanted = cdiv(PROGRAMS * multiprocessors(device), tiles * sharing.groups)
-    return max(1, min(sharing.members // FEWEST_MEMBERS, wanted))
+    return sharing.parts(max(1, min(sharing.members // FEWEST_MEMBERS, wanted)))
 
 
 def _steps(sums: Tensor | None) -> tuple[int, ...]:

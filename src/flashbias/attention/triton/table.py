@@ -365,7 +365,7 @@ def launch(
     heads = grad.shape[0]
     sharing = Sharing(1, ops.num_programs // heads, heads, 1)
     programs = blocks_m * blocks_n * heads
-    splits = max(1, min(sharing.members, cdiv(8 * multiprocessors(ops.q.device), programs)))
+    splits, members = sharing.parts(cdiv(8 * multiprocessors(ops.q.device), programs))
     sums = torch.zeros(grad.shape, dtype=torch.int64, device=grad.device)
     fixed = _fixed_point(ops, dout, dlse)
     start(
@@ -378,7 +378,7 @@ def launch(
         num_blocks_m=blocks_m,
         num_blocks_n=blocks_n,
         num_members=sharing.members,
-        members_per_split=cdiv(sharing.members, splits),
+        members_per_split=members,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         num_warps=config.num_warps,
