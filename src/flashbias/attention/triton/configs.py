@@ -150,7 +150,7 @@ class Traits(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def _chosen(name: str, traits: Traits, device: torch.device) -> Config:
-    return _fitted(name, _best(name, traits), traits, _shared_memory(device))
+    return _fitted(name, _best(name, traits), traits, _shared_memory(device), _stages_stay(device))
 
 
 def _best(name: str, ops: Traits) -> Config:
@@ -176,16 +176,17 @@ def _lookup(table: dict[int, Config], width: int) -> Config | None:
     return next((config for limit, config in table.items() if width <= limit), None)
 
 
-def _fitted(name: str, config: Config, ops: Traits, limit: int) -> Config:
+def _fitted(name: str, config: Config, ops: Traits, limit: int, stages_stay: bool) -> Config:
     """Give up stages, then streamed rows, then resident rows, until the tiles fit into shared memory."""
     keys_stay = name == "dkdv"
+    count = functools.partial(_bytes_of_members, stages_stay) if name == "dtable" else _bytes
     resident, streamed = (config.block_n, config.block_m) if keys_stay else (config.block_m, config.block_n)
     stages = config.num_stages
-    while stages > 2 and _bytes(resident, streamed, stages, ops) > limit:
+    while stages > 2 and count(resident, streamed, stages, ops) > limit:
         stages -= 1
-    while streamed > 16 and _bytes(resident, streamed, stages, ops) > limit:
+    while streamed > 16 and count(resident, streamed, stages, ops) > limit:
         streamed //= 2
-    while resident > 16 and _bytes(resident, streamed, stages, ops) > limit:
+    while resident > 16 and count(resident, streamed, stages, ops) > limit:
         resident //= 2
     block_m, block_n = (streamed, resident) if keys_stay else (resident, streamed)
     return replace(config, block_m=block_m, block_n=block_n, num_stages=stages)
@@ -197,6 +198,21 @@ def _bytes(resident: int, streamed: int, stages: int, ops: Traits) -> int:
     if ops.is_half:
         return 2 * columns * (resident + stages * streamed)
     return 4 * columns * (2 * resident + stages * streamed)
+
+
+def _bytes_of_members(stages_stay: bool, block_m: int, block_n: int, stages: int, ops: Traits) -> int:
+    """Of a tile that stays while the rows of one member after the other stream past, and of one more in their dtype."""
+    if not ops.is_half:
+        return _bytes(block_m, block_n, stages, ops)
+    columns = ops.block_d + ops.block_dv + ops.block_r
+    in_flight = stages if stages_stay else max(1, stages - 1)
+    return 2 * (columns * in_flight * (block_m + block_n) + block_m * block_n)
+
+
+@functools.cache
+def _stages_stay(device: torch.device) -> bool:
+    """Whether products read shared memory, so that rows stay there while others arrive, in place of registers."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 @functools.cache
