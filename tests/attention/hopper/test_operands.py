@@ -188,7 +188,22 @@ class TestSummable:
 
 
 class TestChosen:
-    """Which backward passes beside centres by tile the fused kernel does."""
+    """Which backward passes the fused kernel does."""
+
+    @pytest.mark.parametrize(
+        ("head_dim", "needs", "is_fused"),
+        [
+            (64, (True, True, True, False, False, True), True),
+            (64, (False, False, True, False, False, True), True),
+            (64, (False, False, False, False, False, True), False),  # which makes nothing of a table's own gradient
+            (80, (True, True, True, False, False, True), False),  # no registers for addresses
+        ],
+    )
+    def test_beside_a_table(self, head_dim: int, needs: tuple[bool, ...], is_fused: bool) -> None:
+        q, k, v = torch.zeros(3, 10, HEADS, 256, head_dim, dtype=torch.bfloat16)
+        table = torch.zeros(HEADS, 9)
+        ops = HopperOperands.of(q, k, v, None, None, table, *[None] * 6, 256, 256, [], 0.25, -1, -1, False, 0.0)
+        assert (backward.chosen(ops, needs) is not None) == is_fused
 
     @pytest.mark.parametrize(
         ("rank", "own_k", "needs", "is_fused"),

@@ -2,9 +2,11 @@
 
 The fused kernel adds parts of dq, dphi_q and dphi_k in an order that varies: fast, and not repeatable to the bit.
 Wide factors that many (batch, head) pairs share get their gradients from a kernel of its own (`triton/shared.py`).
-What it does not do goes to the portable kernels: tables and masks of the caller's own, short windows, which one tile
-holds, factors that grouped heads do not share, gradients of factors beside float16 queries, whose precision bfloat16
-operands lack, and beside centres by tile those of a phi_q that is shared by heads with different phi_k.
+A table gets its own gradient from a portable kernel (`triton/table.py`), which walks over all that share it.
+What it does not do goes to the portable kernels: masks of the caller's own, tables beside heads wider than 64, short
+windows, which one tile holds, factors that grouped heads do not share, gradients of factors beside float16 queries,
+whose precision bfloat16 operands lack, and beside centres by tile those of a phi_q that is shared by heads with
+different phi_k.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false
@@ -76,7 +78,8 @@ def chosen(ops: HopperOperands, needs_grad: tuple[bool, ...]) -> BackwardConfig 
     """The fused kernel's tile shape, or None where the portable kernels do the call."""
     needs_phi = needs_grad[3] or needs_grad[4]
     apart = ops.rank > 0 and not _is_one_for_each_group(ops)
-    if ops.has_portable_gradients:
+    # Of a table's own gradient the fused kernel makes nothing: it would walk in vain where nothing else is needed.
+    if ops.has_portable_gradients or not any(needs_grad[:5]):
         return None
     if window.fits(ops, needs_grad) or apart or (needs_phi and ops.q.dtype == torch.float16):
         return None
