@@ -56,7 +56,8 @@ class FactoredBias:
         phi_q: `[*batch, H or 1, N, R]`, the query-side factor, floating point. Never scaled by the user.
         phi_k: `[*batch, H or 1, M, R]`, the key-side factor.
         table: `[H or 1, T]` with T odd, optional: an exact relative table with constant tails.
-        code_q: `[N]` integers, optional; default the positions `0 … N-1`.
+        code_q: `[N]` integers, optional; default the positions `0 … N-1`. Below 2^30 in size, as those of keys: kernels
+            subtract them in 32 bits, and nothing waits for the GPU to look at them.
         code_k: `[M]` integers, optional; default the positions `0 … M-1`.
         ranks: one integer per head, optional: columns at and beyond `ranks[h]` are padding and are never
             read for head h.

@@ -115,6 +115,9 @@ SHAPES = [
     Shape("112", head_dim=112),
     Shape("128", head_dim=128),
     Shape("128-v-64-causal-frozen", head_dim=128, head_dim_v=64, rank=2, window=(None, 0), frozen=True),
+    Shape("32-table-codes-tail", head_dim=32, rank=0, n=576, table=2209, codes=True),
+    Shape("64-table-causal", head_dim=64, rank=0, n=1024, table=257, window=(None, 0)),
+    Shape("64-table-codes-factors", head_dim=64, n=500, table=99, codes=True),
     Shape("16-centres", head_dim=16, rank=5, n=40_000, factor_dtype=torch.float32),
     Shape("16-centres-frozen", head_dim=16, rank=8, n=40_000, factor_dtype=torch.float32, frozen=True),
     Shape("32-centres", head_dim=32, rank=5, n=40_000, factor_dtype=torch.float32),
@@ -135,8 +138,6 @@ SHAPES = [
 
 FORWARD_ONLY = [
     Shape("64-v-128-causal", head_dim=64, head_dim_v=128, rank=2, window=(None, 0)),
-    Shape("32-table-codes-tail", head_dim=32, rank=0, n=576, table=2209, codes=True),
-    Shape("64-table-causal", head_dim=64, rank=0, n=1024, table=257, window=(None, 0)),
     Shape("128-table-codes-factors", head_dim=128, rank=4, n=500, table=99, codes=True),
     Shape("64-mask-of-keys", head_dim=64, n=512, mask=(1, 1, 1, 512)),
     Shape("256", head_dim=256, n=1000),
@@ -176,6 +177,8 @@ SPILLS = {
     "16-rank-32": {"12.9": (0, 0), "13.1": (0, 12)},
     "32-rank-32": {"12.9": (0, 16), "13.1": (0, 32)},
     "128-v-64-causal-frozen": {"12.9": (28, 64), "13.1": (28, 300)},
+    "64-table-causal": {"13.1": (0, 120)},
+    "64-table-codes-factors": {"13.1": (0, 112)},
     "16-centres": {"12.9": (28, 252), "13.1": (188, 496)},
     "16-centres-frozen": {"12.9": (0, 104), "13.1": (420, 204)},
     "32-centres": {"12.9": (56, 108), "13.1": (292, 236)},
