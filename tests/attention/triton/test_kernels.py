@@ -139,6 +139,19 @@ class KernelSuite:
         else:  # one kernel makes all gradients of a window; the table's is its own
             assert seen == ({"_bwd_dtable_kernel"} if wanted == ("table",) else {"_bwd_window_kernel"})
 
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+    @pytest.mark.parametrize("name", ["query", "key", "value", "phi_q", "dout"])
+    def test_what_is_not_finite_shows_in_the_gradient_of_a_table(self, name: str, bad: float) -> None:
+        """Sums of whole numbers cannot hold it; whoever scales losses looks for it, and skips that step."""
+        problem = Case("bad", n=40, m=43, batch=(2,), heads=1, rank=2, table=9).build(torch.float32, self.device)
+        leaves = problem.leaves(("table",))
+        dout = torch.ones(2, 1, 40, problem.tensors["value"].shape[-1], device=self.device)
+        spoilt = dout if name == "dout" else leaves[name].detach().clone()
+        (leaves if name != "dout" else {})[name] = spoilt
+        spoilt.view(-1)[spoilt.numel() // 2] = bad
+        (grad,) = torch.autograd.grad(problem.attend("triton", leaves), leaves["table"], dout)
+        assert grad.isnan().all()
+
     def test_padding_columns_are_never_read(self) -> None:
         """Columns at and beyond a head's rank may hold anything."""
         case = Case("ranks", heads=2, batch=(1,), rank=7, ranks=(2, 7), same_dtype=True, n=19)

@@ -3,7 +3,8 @@
 Many score gradients fall on one entry of the table, in an order that no two runs share. They are therefore added
 as 64-bit integers, whose sum does not depend on the order: dS times a power of two, chosen from a bound on the sum
 so that it cannot overflow. With |dS_ij| <= P_ij * (2 max|dout| max|v| / (1 - dropout) + max|dlse|) and rows of P
-that sum to 1, the sum of all |dS| is at most rows * that bound; what is rounded off is 2^-61 of it.
+that sum to 1, the sum of all |dS| is at most rows * that bound; what is rounded off is 2^-61 of it. One dS that is
+not finite makes the whole gradient NaN.
 """
 
 # Triton's language is untyped: jitted functions take and return what annotations cannot say.
@@ -291,12 +292,12 @@ def _bwd_dtable_kernel(
             )  # fmt: skip
             if IS_VARLEN:
                 # Sequences differ in their codes: each adds its own.
-                _add_entries(sum_ptr, ds * fixed, q_code, k_code, half)
+                _add_entries(sum_ptr, fixed_ptr, ds * fixed, q_code, k_code, half)
             else:
                 ds_sum += ds
                 lse2, delta = next_lse2, next_delta
     if not IS_VARLEN:
-        _add_entries(sum_ptr, ds_sum * fixed, q_code, k_code, half)
+        _add_entries(sum_ptr, fixed_ptr, ds_sum * fixed, q_code, k_code, half)
 
 
 @triton.jit
@@ -321,8 +322,11 @@ def _is_visible(
 
 
 @triton.jit
-def _add_entries(sum_ptr, ds, q_code, k_code, half):
+def _add_entries(sum_ptr, fixed_ptr, ds, q_code, k_code, half):
     """Add a tile to the table's sums, as integers; a tile in one tail is summed first."""
+    total = tl.sum(tl.sum(ds, 1), 0)
+    # Integers hold neither NaN nor infinity: what all of them are divided by does.
+    tl.store(fixed_ptr, float("nan"), mask=total - total != 0.0)
     in_tail, entry = tail_of(q_code, k_code, half)
     ds = tl.floor(ds + 0.5).to(tl.int64)
     if in_tail:
@@ -332,7 +336,7 @@ def _add_entries(sum_ptr, ds, q_code, k_code, half):
 
 
 def _fixed_point(ops: Operands, dout: torch.Tensor, dlse: torch.Tensor | None) -> torch.Tensor:
-    """The power of two by which dS is multiplied, a scalar tensor (no synchronisation)."""
+    """The power of two by which dS is multiplied, a scalar tensor (no synchronisation); NaN where there is none."""
 
     def longest_row(x: torch.Tensor) -> torch.Tensor:
         return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).amax()
@@ -343,7 +347,8 @@ def _fixed_point(ops: Operands, dout: torch.Tensor, dlse: torch.Tensor | None) -
     rows = ops.batch * ops.num_heads * ops.seqlen_q
     _, exponent = torch.frexp(bound.double() * rows)
     # float32 holds powers of two up to 2^127: gradients so small that more would be needed are zero.
-    return torch.ldexp(torch.ones_like(bound), (BITS - exponent).clamp(-126, 126))
+    power = torch.ldexp(torch.ones_like(bound), (BITS - exponent).clamp(-126, 126))
+    return power.where(bound.isfinite(), torch.nan)
 
 
 def launch(
