@@ -334,6 +334,15 @@ class TestTablesAndMasks:
             Case("table", n=420, head_dim=head_dim, rank=0, table=table, options=options).build(torch.bfloat16, DEVICE)
         )
 
+    @pytest.mark.parametrize("batch", [1, 5, 23])
+    @pytest.mark.parametrize("head_dim", [48, 80])
+    def test_one_table_of_all_heads(self, head_dim: int, batch: int) -> None:
+        """More queries than keys and fewer, ends aligned; members that no number of parts divides."""
+        for n, m in ((200, 330), (330, 200)):
+            case = Case("one", batch=(batch,), heads=4, kv_heads=2, n=n, m=m, head_dim=head_dim, rank=3, table=65,
+                        table_heads=1, options=BOTTOM_RIGHT)  # fmt: skip
+            check(case.build(torch.bfloat16, DEVICE))
+
     @pytest.mark.parametrize("n", [144, 576, 625])
     @pytest.mark.parametrize("head_dim", [16, 32, 128])
     @pytest.mark.parametrize("rank", [0, 4])
@@ -665,8 +674,10 @@ class TestCentresByTile:
         check(case.build(torch.bfloat16, DEVICE))
 
     @pytest.mark.parametrize("options", [{}, CAUSAL], ids=["full", "causal"])
-    def test_beside_a_table_and_a_mask(self, options: dict[str, Any], few: None) -> None:
-        case = Case("all", batch=(3,), n=330, head_dim=64, rank=5, table=65, mask="padding", options=options)
+    @pytest.mark.parametrize("mask", [None, "padding"])
+    def test_beside_a_table_and_a_mask(self, mask: str | None, options: dict[str, Any], few: None) -> None:
+        """Without a mask the fused kernel makes all gradients but the table's."""
+        case = Case("all", batch=(3,), n=330, head_dim=64, rank=5, table=65, mask=mask, options=options)
         check(case.build(torch.bfloat16, DEVICE))
 
     def test_ranks_of_heads(self, few: None) -> None:

@@ -348,7 +348,7 @@ def _fixed_point(ops: Operands, dout: torch.Tensor, dlse: torch.Tensor | None) -
     _, exponent = torch.frexp(bound.double() * rows)
     # float32 holds powers of two up to 2^127: gradients so small that more would be needed are zero.
     power = torch.ldexp(torch.ones_like(bound), (BITS - exponent).clamp(-126, 126))
-    return power.where(bound.isfinite(), torch.nan)
+    return power.masked_fill(~bound.isfinite(), torch.nan)
 
 
 def launch(
