@@ -87,5 +87,5 @@ def test_the_gradient_of_a_table_fits(head_dim: int, rank: int, compiled: list[A
     arguments = {"dout_ptr": ops.q, "lse_ptr": rows, "delta_ptr": rows} | strides_of("do", ops.q)
     table.launch(ops, torch.empty(4, 99, device="meta"), ops.q, None, arguments)
     (kernel,) = compiled
-    limit = SHARED_MEMORY[driver.active.get_current_target().arch]
+    limit = SHARED_MEMORY[kernel.metadata.target.arch]
     assert 0 < kernel.metadata.shared <= limit
