@@ -321,7 +321,8 @@ class Device:
 
     @staticmethod
     def _where(condition: Any, a: Any, b: Any) -> Any:
-        return torch.where(condition, a, b) if isinstance(condition, Tensor) else (a if condition else b)
+        is_one = not isinstance(condition, Tensor) or condition.dim() == 0
+        return (a if condition else b) if is_one else torch.where(condition, a, b)
 
     def _allocate(self, dtype: Any, shape: Sequence[int], layout: Any) -> Any:
         if layout is Barrier:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,8 +22,8 @@ from flashbias.attention import packing
 from flashbias.attention.hopper import backward, fused, slabs, tiles, walks, wide
 from flashbias.attention.hopper import scores as kernel_scores
 from flashbias.attention.hopper.configs import SLAB, BackwardConfig
-from flashbias.attention.hopper.operands import Centring
-from flashbias.attention.layout import Sharing, cdiv
+from flashbias.attention.hopper.operands import Centring, HopperOperands
+from flashbias.attention.layout import Sharing, cdiv, share
 
 COLUMNS = 16
 
@@ -51,6 +51,7 @@ class Problem:
     programs: int = 2
     shift: int = 0
     centred: bool = False  # tile by tile
+    mask: tuple[int, int] | None = None  # leading sizes of a mask of keys
 
     def __str__(self) -> str:
         return self.name
@@ -146,6 +147,15 @@ PROBLEMS = [
         shift=160,
         centred=True,
     ),
+    Problem("mask", narrow(), 130, 200, mask=(1, 1)),
+    Problem("mask, whole tiles", narrow(stages=1), 70, 512, batch=3, mask=(3, 1), programs=3),
+    Problem("mask of each head", narrow(), 70, 500, heads=4, kv_heads=2, batch=2, mask=(2, 4)),
+    Problem("mask of each head, idle warpgroups", narrow(3), 70, 465, heads=4, kv_heads=1, mask=(1, 4), programs=1),
+    Problem("mask, causal", narrow(3), 300, 300, right=0, batch=2, mask=(2, 1)),
+    Problem("mask, window", narrow(), 260, 330, left=40, right=25, mask=(1, 2)),
+    Problem("mask, wide", WIDE, 130, 400, width=32, width_v=16, batch=2, mask=(2, 1)),
+    Problem("mask of each head, wide, causal", WIDE, 90, 400, width=32, heads=4, kv_heads=2, right=0, mask=(1, 4)),
+    Problem("mask, centres", narrow(3), 200, 450, rank=7, batch=2, centred=True, shift=250, mask=(2, 1)),
 ]
 
 
@@ -163,8 +173,19 @@ def leaves_of(problem: Problem) -> dict[str, Tensor]:
     }
 
 
+def mask_of(problem: Problem) -> Tensor | None:
+    """`[*own, 1, M]`: short rows, the last one without a key; here and there a hidden key, and a whole hidden tile."""
+    if problem.mask is None:
+        return None
+    count = problem.mask[0] * problem.mask[1]
+    lengths = torch.linspace(problem.m, 0 if count > 1 else problem.m * 2 // 3, count).long()
+    shown = (torch.arange(problem.m) < lengths[:, None]) & (torch.rand(count, problem.m) < 0.8)
+    shown[0, 192 : 192 * 2] = False
+    return shown.view(*problem.mask, 1, problem.m)
+
+
 def expected(
-    problem: Problem, leaves: dict[str, Tensor], scale: float, dout: Tensor
+    problem: Problem, leaves: dict[str, Tensor], scale: float, dout: Tensor, mask: Tensor | None
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Gradients by autograd; log-sum-exp and delta."""
     x = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
@@ -177,6 +198,7 @@ def expected(
     keep = torch.ones(problem.n, problem.m, dtype=torch.bool)
     keep = keep & (gap <= problem.right) if problem.right >= 0 else keep
     keep = keep & (gap >= -problem.left) if problem.left >= 0 else keep
+    keep = keep if mask is None else keep & mask
     scores = scores.masked_fill(~keep, -math.inf)
     lse = scores.logsumexp(-1, keepdim=True)
     weights = torch.where(lse == -math.inf, 0.0, (scores - torch.where(lse == -math.inf, 0.0, lse)).exp())
@@ -223,7 +245,7 @@ def unfold(sums: Tensor, out: Tensor, factor: float) -> None:
 
 
 def computed(problem: Problem, leaves: dict[str, Tensor], scale: float, dout: Tensor, lse: Tensor, delta: Tensor,
-             seed: int) -> list[Tensor]:  # fmt: skip
+             mask: Tensor | None, seed: int) -> list[Tensor]:  # fmt: skip
     """Gradients by `launch_as`, its kernels on the host."""
     x = {name: leaf.float() for name, leaf in leaves.items()}
     b, h, hk = problem.batch, problem.heads, problem.kv_heads
@@ -252,7 +274,11 @@ def computed(problem: Problem, leaves: dict[str, Tensor], scale: float, dout: Te
         block_dv=problem.width_v, columns=COLUMNS if factors else 0, rank=problem.rank, shift=problem.shift,
         window_left=problem.left, window_right=problem.right, scale=scale, sharing_q=sharing_q, sharing_k=sharing_k,
         shape=None, flat=lambda t: t, centring=centring, is_tile_centred=problem.centred,
+        mask=None if mask is None else mask.flatten(0, 1).view(torch.uint8), sharing_mask=share((b, h),
+        problem.mask or ()),
     )  # fmt: skip
+    for method in (HopperOperands.key_terms, HopperOperands.tile_terms):
+        setattr(ops, method.__name__, MethodType(method, ops))
     rows = cdiv(problem.n, SLAB) * SLAB
     lse2 = torch.full((b * h, rows), math.inf)
     lse2[:, : problem.n] = torch.where(lse == -math.inf, math.inf, lse / math.log(2)).float().flatten(0, 1)
@@ -286,8 +312,9 @@ def test_gradients_in_any_order(problem: Problem, seed: int) -> None:
     scale = 0.25
     leaves = leaves_of(problem)
     dout = torch.randn(problem.batch, problem.heads, problem.n, problem.width_v).double()
-    exact, lse, delta = expected(problem, leaves, scale, dout)
-    found = computed(problem, leaves, scale, dout, lse, delta, seed)
+    mask = mask_of(problem)
+    exact, lse, delta = expected(problem, leaves, scale, dout, mask)
+    found = computed(problem, leaves, scale, dout, lse, delta, mask, seed)
     for name, grad in zip(leaves, found, strict=True):
         if name.startswith("phi") and not (problem.learns and problem.rank):
             continue

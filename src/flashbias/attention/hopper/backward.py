@@ -2,7 +2,7 @@
 
 The fused kernel adds parts of dq, dphi_q and dphi_k in an order that varies: fast, and not repeatable to the bit.
 Wide factors that many (batch, head) pairs share get their gradients from a kernel of its own (`triton/shared.py`).
-What it does not do goes to the portable kernels: tables and masks of the caller's own, short windows, which one tile
+What it does not do goes to the portable kernels: tables, packed batches, short windows, which one tile
 holds, factors that grouped heads do not share, gradients of factors beside float16 queries, whose precision bfloat16
 operands lack, and beside centres by tile those of a phi_q that is shared by heads with different phi_k.
 """
@@ -87,8 +87,8 @@ def is_summable(ops: HopperOperands) -> bool:
 def are_summed_apart(ops: HopperOperands) -> bool:
     """Whether gradients of factors come from the kernel for wide, shared ones."""
     is_wide = ops.rank > WIDEST_BESIDE and ops.sharing_q.members >= FEWEST_MEMBERS
-    # That kernel knows no offsets of tiles.
-    return is_wide and not ops.is_tile_centred and shared.is_possible(ops)
+    # That kernel knows no offsets of tiles and no masks of the caller's own.
+    return is_wide and not ops.is_tile_centred and ops.mask is None and shared.is_possible(ops)
 
 
 def _is_one_for_each_group(ops: HopperOperands) -> bool:
@@ -151,15 +151,18 @@ def launch_as(
         }  # fmt: skip
         kernel = _bwd_kernel
     centring = or_nothing(lse2, ops.centring.phi_q, ops.centring.centres)
+    terms = ops.tile_terms(ROWS * config.consumers)
     start(
         kernel, (schedule.programs,), q, k, v, do, pq, pk, sum_box, lse2, delta, *centring, dq_box,
         descriptor(dk, ROWS, ops.block_d), descriptor(dv, ROWS, ops.block_dv), dpq_box, dpk_box,
         schedule.units, pairs, schedule.heads, blocks, ops.num_heads, ops.group, dq.shape[1], lse2.shape[-1],
         ops.seqlen_q, ops.seqlen_k, ops.shift, ops.window_left, ops.window_right, ops.scale, *ops.sharing_q.sizes,
-        *ops.sharing_k.sizes, *ops.centring.sizes,
+        *ops.sharing_k.sizes, *ops.centring.sizes, *or_nothing(lse2, *terms), *ops.sharing_mask.sizes,
         HAS_LEFT=ops.window_left >= 0,
         HAS_RIGHT=ops.window_right >= 0,
-        HAS_TAIL=ops.seqlen_k % (ROWS * config.consumers if config.is_wide else ROWS) != 0,
+        # Keys past the end have terms of their own.
+        HAS_TAIL=ops.mask is None and ops.seqlen_k % (ROWS * config.consumers if config.is_wide else ROWS) != 0,
+        HAS_TERMS=ops.mask is not None,
         HAS_PHI=factors is not None,
         SUM_DPQ=dpq is not None,
         SUM_DPK=dpk is not None,

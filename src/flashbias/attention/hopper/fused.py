@@ -32,17 +32,26 @@ from flashbias.attention.hopper.gluon import (
 )
 from flashbias.attention.hopper.scores import CENTRE_TILE
 from flashbias.attention.hopper.tiles import ROWS, SLAB, own_index, query_tiles, turns_of, unit_of
-from flashbias.attention.hopper.walks import LINE, key_tile_of, produce, turn_of, turned_tile, weights
+from flashbias.attention.hopper.walks import (
+    LINE,
+    key_tile_of,
+    produce,
+    seen_tiles,
+    shown_keys,
+    turn_of,
+    turned_tile,
+    weights,
+)
 from flashbias.attention.triton.scores import LOG2E
 
 
 @jit
 def _walk(
-    w: gl.constexpr, dk, dv, dphi, step, first, count, turned, start_n, centre, k, v, pk, q_smem, do_smem, pq_smem,
-    ds_smem, lse_smem, delta_smem, q_full, q_empty, ds_full, ds_empty, seqlen_k, shift, left, right, qk_scale,
+    w: gl.constexpr, dk, dv, dphi, step, first, count, turned, start_n, shown, centre, k, v, pk, q_smem, do_smem,
+    pq_smem, ds_smem, lse_smem, delta_smem, q_full, q_empty, ds_full, ds_empty, seqlen_k, shift, left, right, qk_scale,
     IS_EDGE: gl.constexpr, HAS_TAIL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
-    HAS_PHI: gl.constexpr, SUM_DPK: gl.constexpr, CENTRES: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr,
-    BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr, q_layout: gl.constexpr,
+    HAS_TERMS: gl.constexpr, HAS_PHI: gl.constexpr, SUM_DPK: gl.constexpr, CENTRES: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr, q_layout: gl.constexpr,
     do_layout: gl.constexpr, pq_layout: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """Walk over `count` tiles of queries from `first`, the one `turned` steps in at first."""
@@ -65,8 +74,8 @@ def _walk(
             s = warpgroup_mma(pk, pq.permute((1, 0)), s, is_async=True)
         dp = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s])
-        p = weights(s, lse_smem.index(stage * CENTRES + centre), start_m, start_n, seqlen_k, shift, left, right,
-                     qk_scale, IS_EDGE, HAS_TAIL, HAS_LEFT, HAS_RIGHT)  # fmt: skip
+        p = weights(s, lse_smem.index(stage * CENTRES + centre), shown, start_m, start_n, seqlen_k, shift, left, right,
+                     qk_scale, IS_EDGE, HAS_TAIL, HAS_LEFT, HAS_RIGHT, HAS_TERMS)  # fmt: skip
         p16 = gl.convert_layout(p.to(do_smem.dtype), gl.DotOperandLayout(0, dv_layout, 2))
         dv = warpgroup_mma(p16, do, dv, is_async=True)
         dp = warpgroup_mma_wait(1, deps=[dp])
@@ -107,12 +116,12 @@ def _sit_out(w: gl.constexpr, n, step, ds_smem, q_full, q_empty, ds_full, ds_emp
 
 @jit
 def _sum_over_keys(
-    dq_desc, dpq_desc, k_smem, sum_smem, ds_smem, dq_smem, dpq_smem, kv_full, kv_empty, ds_full, ds_empty, units, pairs,
-    heads, num_blocks, num_heads, group, slabs, seqlen_q, shift, left, right, pq_s1, pq_v2, pq_s2,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SUM_DPQ: gl.constexpr, BLOCK_D: gl.constexpr,
-    BLOCK_SUM: gl.constexpr, BLOCK_G: gl.constexpr, k_layout: gl.constexpr, sum_layout: gl.constexpr,
-    dq_layout: gl.constexpr, dpq_layout: gl.constexpr, CONSUMERS: gl.constexpr, KV_STAGES: gl.constexpr,
-    ALTERNATES: gl.constexpr,
+    dq_desc, dpq_desc, terms, k_smem, sum_smem, ds_smem, dq_smem, dpq_smem, kv_full, kv_empty, ds_full, ds_empty, units,
+    pairs, heads, num_blocks, num_heads, group, slabs, seqlen_q, shift, left, right, pq_s1, pq_v2, pq_s2,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_TERMS: gl.constexpr, SUM_DPQ: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_SUM: gl.constexpr, BLOCK_G: gl.constexpr, k_layout: gl.constexpr,
+    sum_layout: gl.constexpr, dq_layout: gl.constexpr, dpq_layout: gl.constexpr, CONSUMERS: gl.constexpr,
+    KV_STAGES: gl.constexpr, ALTERNATES: gl.constexpr,
 ):  # fmt: skip
     """The last warpgroup: dq and dphi_q of each step, over the keys of all others."""
     BLOCK_N: gl.constexpr = ROWS * CONSUMERS
@@ -123,7 +132,7 @@ def _sum_over_keys(
         b, hk, block = key_tile_of(
             unit_of(turn, ALTERNATES), num_blocks, pairs, heads, num_heads // group, HAS_LEFT or HAS_RIGHT
         )
-        lo, _, _, hi = query_tiles(block * BLOCK_N, seqlen_q, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
+        tiles = query_tiles(block * BLOCK_N, seqlen_q, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
         # Without steps it would run ahead otherwise, and free keys that nobody has read.
         slot = turn % KV_STAGES
         mbarrier.wait(kv_full.index(slot), (turn // KV_STAGES) & 1)
@@ -131,6 +140,7 @@ def _sum_over_keys(
         for g in range(group):
             bh = b * num_heads + hk * group + g
             f_q = own_index(bh, pq_s1, pq_v2, pq_s2)
+            lo, _, _, hi = seen_tiles(tiles, terms, bh, block, num_blocks, HAS_TERMS)
             turned = turn_of(block, num_blocks, hi - lo, HAS_LEFT or HAS_RIGHT)
             for n in range(hi - lo):
                 row = turned_tile(lo, n, hi - lo, turned)
@@ -169,14 +179,14 @@ def _sum_over_keys(
 
 @jit
 def _consume(
-    w: gl.constexpr, dk_desc, dv_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, ds_smem, lse_smem,
-    delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty, ds_full, ds_empty, units, pairs, heads,
-    num_blocks, num_heads, group, seqlen_q, seqlen_k, shift, left, right, scale, pk_s1, pk_v2, pk_s2,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_TAIL: gl.constexpr, HAS_PHI: gl.constexpr,
-    SUM_DPK: gl.constexpr, CENTRES: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
-    BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr, q_layout: gl.constexpr, k_layout: gl.constexpr,
-    v_layout: gl.constexpr, do_layout: gl.constexpr, pq_layout: gl.constexpr, pk_layout: gl.constexpr,
-    dpk_layout: gl.constexpr,
+    w: gl.constexpr, dk_desc, dv_desc, dpk_desc, terms, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, ds_smem,
+    lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty, ds_full, ds_empty, units,
+    pairs, heads, num_blocks, num_heads, group, seqlen_q, seqlen_k, shift, left, right, scale, pk_s1, pk_v2, pk_s2,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_TAIL: gl.constexpr, HAS_TERMS: gl.constexpr,
+    HAS_PHI: gl.constexpr, SUM_DPK: gl.constexpr, CENTRES: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr,
+    BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr, q_layout: gl.constexpr,
+    k_layout: gl.constexpr, v_layout: gl.constexpr, do_layout: gl.constexpr, pq_layout: gl.constexpr,
+    pk_layout: gl.constexpr, dpk_layout: gl.constexpr,
     HOLDS_PHI: gl.constexpr, HAS_IDLE: gl.constexpr, CONSUMERS: gl.constexpr, KV_STAGES: gl.constexpr,
     ALTERNATES: gl.constexpr,
 ):  # fmt: skip
@@ -192,7 +202,7 @@ def _consume(
             unit_of(turn, ALTERNATES), num_blocks, pairs, heads, num_heads // group, HAS_LEFT or HAS_RIGHT
         )
         start_n = block * BLOCK_N
-        lo, full_lo, full_hi, hi = query_tiles(start_n, seqlen_q, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
+        tiles = query_tiles(start_n, seqlen_q, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
         dk = gl.zeros([ROWS, BLOCK_D], gl.float32, dk_layout)
         dv = gl.zeros([ROWS, BLOCK_DV], gl.float32, dv_layout)
         dphi = gl.zeros([ROWS, BLOCK_G], gl.float32, dphi_layout)
@@ -216,7 +226,10 @@ def _consume(
         members = group
         if w > 0 and HAS_IDLE:
             members = gl.where(start_n + w * ROWS < seqlen_k, group, 0)
-        for _ in range(members):
+        for g in range(members):
+            bh = b * num_heads + hk * group + g
+            lo, full_lo, full_hi, hi = seen_tiles(tiles, terms, bh, block, num_blocks, HAS_TERMS)
+            shown = shown_keys(terms, bh, start_n + w * ROWS, num_blocks * BLOCK_N, HAS_TERMS)
             for part in gl.static_range(3):
                 if part == 0:
                     first = lo
@@ -230,13 +243,20 @@ def _consume(
                 if part == 1 or (part == 0 and HAS_RIGHT) or (part == 2 and HAS_LEFT):
                     dk, dv, dphi, step = _walk(
                         w, dk, dv, dphi, step, first, count, turn_of(block, num_blocks, count, HAS_LEFT or HAS_RIGHT),
-                        start_n + w * ROWS, centre, k, v, pk, q_smem, do_smem, pq_smem, ds_smem, lse_smem,
+                        start_n + w * ROWS, shown, centre, k, v, pk, q_smem, do_smem, pq_smem, ds_smem, lse_smem,
                         delta_smem, q_full, q_empty, ds_full, ds_empty, seqlen_k, shift, left, right, scale * LOG2E,
-                        part != 1, HAS_TAIL, HAS_LEFT, HAS_RIGHT, HAS_PHI, SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV,
-                        BLOCK_R, BLOCK_G, q_layout, do_layout, pq_layout, CONSUMERS,
+                        part != 1, HAS_TAIL, HAS_LEFT, HAS_RIGHT, HAS_TERMS, HAS_PHI, SUM_DPK, CENTRES, STAGES,
+                        BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, do_layout, pq_layout, CONSUMERS,
                     )  # fmt: skip
         if w > 0 and HAS_IDLE:
-            for n in range((group - members) * (hi - lo)):
+            idle = (group - members) * (tiles[3] - tiles[0])
+            if HAS_TERMS:
+                idle = 0
+                for g in range(group - members):
+                    bh = b * num_heads + hk * group + g
+                    lo, _, _, hi = seen_tiles(tiles, terms, bh, block, num_blocks, HAS_TERMS)
+                    idle += hi - lo
+            for n in range(idle):
                 _sit_out(w, n, step, ds_smem, q_full, q_empty, ds_full, ds_empty, STAGES, CONSUMERS)
                 step += 1
         mbarrier.arrive(kv_empty.index(slot))
@@ -260,14 +280,15 @@ def _consume(
     do_not_specialize=[
         "units", "pairs", "heads", "num_blocks", "num_heads", "group", "slabs", "stride_rows", "seqlen_q", "seqlen_k",
         "shift", "left", "right", "pq_s1", "pq_v2", "pq_s2", "pk_s1", "pk_v2", "pk_s2", "stride_pf", "stride_pn",
-        "stride_pr", "stride_c", "references",
+        "stride_pr", "stride_c", "references", "mask_s1", "mask_v2", "mask_s2",
     ]
 )  # fmt: skip
 def _bwd_kernel(
     q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, sum_desc, lse_ptr, delta_ptr, phi_q_ptr, centre_ptr, dq_desc,
     dk_desc, dv_desc, dpq_desc, dpk_desc, units, pairs, heads, num_blocks, num_heads, group, slabs, stride_rows,
     seqlen_q, seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, stride_pf, stride_pn,
-    stride_pr, stride_c, references, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_TAIL: gl.constexpr,
+    stride_pr, stride_c, references, terms_ptr, most_ptr, mask_s1, mask_v2, mask_s2,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_TAIL: gl.constexpr, HAS_TERMS: gl.constexpr,
     HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr, SUM_DPK: gl.constexpr, RANK: gl.constexpr, STAGES: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr,
     HOLDS_PHI: gl.constexpr, HAS_IDLE: gl.constexpr, CONSUMERS: gl.constexpr, KV_STAGES: gl.constexpr,
@@ -327,35 +348,36 @@ def _bwd_kernel(
     owners_q = (pq_s1, pq_v2, pq_s2)
     owners_k = (pk_s1, pk_v2, pk_s2)
     centring = (phi_q_ptr, stride_pf, stride_pn, stride_pr, centre_ptr, stride_c, references, owners_q, owners_k)
+    terms = (terms_ptr, most_ptr, (mask_s1, mask_v2, mask_s2))
     # Partitions take their arguments one by one: in a tuple of its own a constant would become a tensor.
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume, (0, dk_desc, dv_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, ds_smem,
-                            lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty,
-                            ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, seqlen_q, seqlen_k,
-                            shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI,
-                            SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout,
-                            v_layout, do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS,
-                            KV_STAGES, ALTERNATES)),
-                (_consume, (1, dk_desc, dv_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, ds_smem,
-                            lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty,
-                            ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, seqlen_q, seqlen_k,
-                            shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI,
-                            SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout,
-                            v_layout, do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS,
-                            KV_STAGES, ALTERNATES)),
-                (_sum_over_keys, (dq_desc, dpq_desc, k_smem, sum_smem, ds_smem, dq_smem, dpq_smem, kv_full, kv_empty,
-                                  ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, slabs, seqlen_q,
-                                  shift, left, right, pq_s1, pq_v2, pq_s2, HAS_LEFT, HAS_RIGHT, SUM_DPQ, BLOCK_D,
-                                  BLOCK_SUM, BLOCK_G, k_layout, sum_layout, dq_layout, dpq_layout, CONSUMERS,
-                                  KV_STAGES, ALTERNATES)),
+                (_consume, (0, dk_desc, dv_desc, dpk_desc, terms, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem,
+                            ds_smem, lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full,
+                            q_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, seqlen_q,
+                            seqlen_k, shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL,
+                            HAS_TERMS, HAS_PHI, SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G,
+                            q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI,
+                            HAS_IDLE, CONSUMERS, KV_STAGES, ALTERNATES)),
+                (_consume, (1, dk_desc, dv_desc, dpk_desc, terms, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem,
+                            ds_smem, lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full,
+                            q_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, seqlen_q,
+                            seqlen_k, shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL,
+                            HAS_TERMS, HAS_PHI, SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G,
+                            q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI,
+                            HAS_IDLE, CONSUMERS, KV_STAGES, ALTERNATES)),
+                (_sum_over_keys, (dq_desc, dpq_desc, terms, k_smem, sum_smem, ds_smem, dq_smem, dpq_smem, kv_full,
+                                  kv_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group,
+                                  slabs, seqlen_q, shift, left, right, pq_s1, pq_v2, pq_s2, HAS_LEFT, HAS_RIGHT,
+                                  HAS_TERMS, SUM_DPQ, BLOCK_D, BLOCK_SUM, BLOCK_G, k_layout, sum_layout, dq_layout,
+                                  dpq_layout, CONSUMERS, KV_STAGES, ALTERNATES)),
                 (produce, (q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, sum_desc, lse_ptr, delta_ptr, centring,
-                           q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, sum_smem, lse_smem, delta_smem, kv_full,
-                           kv_empty, q_full, q_empty, units, pairs, heads, num_blocks, num_heads, group, stride_rows,
-                           seqlen_q, shift, left, right, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT,
-                           HAS_PHI, SUM_DPQ, RANK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, CONSUMERS,
-                           KV_STAGES, ALTERNATES)),
+                           terms, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, sum_smem, lse_smem, delta_smem,
+                           kv_full, kv_empty, q_full, q_empty, units, pairs, heads, num_blocks, num_heads, group,
+                           stride_rows, seqlen_q, shift, left, right, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2,
+                           HAS_LEFT, HAS_RIGHT, HAS_TERMS, HAS_PHI, SUM_DPQ, RANK, CENTRES, STAGES, BLOCK_D, BLOCK_DV,
+                           BLOCK_R, BLOCK_G, CONSUMERS, KV_STAGES, ALTERNATES)),
             ],
             [4, 4, 1],
             [REGISTERS, SUM_REGISTERS, PRODUCER_REGISTERS],
@@ -363,38 +385,38 @@ def _bwd_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume, (0, dk_desc, dv_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, ds_smem,
-                            lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty,
-                            ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, seqlen_q, seqlen_k,
-                            shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI,
-                            SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout,
-                            v_layout, do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS,
-                            KV_STAGES, ALTERNATES)),
-                (_consume, (1, dk_desc, dv_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, ds_smem,
-                            lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty,
-                            ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, seqlen_q, seqlen_k,
-                            shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI,
-                            SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout,
-                            v_layout, do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS,
-                            KV_STAGES, ALTERNATES)),
-                (_consume, (2, dk_desc, dv_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, ds_smem,
-                            lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty,
-                            ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, seqlen_q, seqlen_k,
-                            shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI,
-                            SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout,
-                            v_layout, do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS,
-                            KV_STAGES, ALTERNATES)),
-                (_sum_over_keys, (dq_desc, dpq_desc, k_smem, sum_smem, ds_smem, dq_smem, dpq_smem, kv_full, kv_empty,
-                                  ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, slabs, seqlen_q,
-                                  shift, left, right, pq_s1, pq_v2, pq_s2, HAS_LEFT, HAS_RIGHT, SUM_DPQ, BLOCK_D,
-                                  BLOCK_SUM, BLOCK_G, k_layout, sum_layout, dq_layout, dpq_layout, CONSUMERS,
-                                  KV_STAGES, ALTERNATES)),
+                (_consume, (0, dk_desc, dv_desc, dpk_desc, terms, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem,
+                            ds_smem, lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full,
+                            q_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, seqlen_q,
+                            seqlen_k, shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL,
+                            HAS_TERMS, HAS_PHI, SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G,
+                            q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI,
+                            HAS_IDLE, CONSUMERS, KV_STAGES, ALTERNATES)),
+                (_consume, (1, dk_desc, dv_desc, dpk_desc, terms, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem,
+                            ds_smem, lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full,
+                            q_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, seqlen_q,
+                            seqlen_k, shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL,
+                            HAS_TERMS, HAS_PHI, SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G,
+                            q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI,
+                            HAS_IDLE, CONSUMERS, KV_STAGES, ALTERNATES)),
+                (_consume, (2, dk_desc, dv_desc, dpk_desc, terms, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem,
+                            ds_smem, lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full,
+                            q_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, seqlen_q,
+                            seqlen_k, shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL,
+                            HAS_TERMS, HAS_PHI, SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G,
+                            q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI,
+                            HAS_IDLE, CONSUMERS, KV_STAGES, ALTERNATES)),
+                (_sum_over_keys, (dq_desc, dpq_desc, terms, k_smem, sum_smem, ds_smem, dq_smem, dpq_smem, kv_full,
+                                  kv_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group,
+                                  slabs, seqlen_q, shift, left, right, pq_s1, pq_v2, pq_s2, HAS_LEFT, HAS_RIGHT,
+                                  HAS_TERMS, SUM_DPQ, BLOCK_D, BLOCK_SUM, BLOCK_G, k_layout, sum_layout, dq_layout,
+                                  dpq_layout, CONSUMERS, KV_STAGES, ALTERNATES)),
                 (produce, (q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, sum_desc, lse_ptr, delta_ptr, centring,
-                           q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, sum_smem, lse_smem, delta_smem, kv_full,
-                           kv_empty, q_full, q_empty, units, pairs, heads, num_blocks, num_heads, group, stride_rows,
-                           seqlen_q, shift, left, right, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT,
-                           HAS_PHI, SUM_DPQ, RANK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, CONSUMERS,
-                           KV_STAGES, ALTERNATES)),
+                           terms, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, sum_smem, lse_smem, delta_smem,
+                           kv_full, kv_empty, q_full, q_empty, units, pairs, heads, num_blocks, num_heads, group,
+                           stride_rows, seqlen_q, shift, left, right, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2,
+                           HAS_LEFT, HAS_RIGHT, HAS_TERMS, HAS_PHI, SUM_DPQ, RANK, CENTRES, STAGES, BLOCK_D, BLOCK_DV,
+                           BLOCK_R, BLOCK_G, CONSUMERS, KV_STAGES, ALTERNATES)),
             ],
             [4, 4, 4, 1],
             [REGISTERS, REGISTERS, SUM_REGISTERS, PRODUCER_REGISTERS],

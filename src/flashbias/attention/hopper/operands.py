@@ -199,6 +199,11 @@ class HopperOperands(Operands):
         terms[:, : self.seqlen_k].masked_fill_(shown, 0.0)
         return terms
 
+    def tile_terms(self, keys: int) -> tuple[Tensor | None, Tensor | None]:
+        """`key_terms`, and of each tile the largest one, `[F, tiles]`: -inf where all of its keys are hidden."""
+        terms = self.key_terms(keys)
+        return terms, None if terms is None else terms.unflatten(-1, (-1, keys)).amax(-1)
+
     @property
     def table_over_scale(self) -> Tensor | None:
         """`[H or 1, T]`: scores are sums over scale, which start from it."""
@@ -236,7 +241,7 @@ class HopperOperands(Operands):
     def has_portable_gradients(self) -> bool:
         """Whether the fused backward pass lacks something that the forward pass can do."""
         is_wide = max(self.block_d, self.block_dv) > 128
-        return is_wide or self.is_varlen or self.table is not None or self.mask is not None
+        return is_wide or self.is_varlen or self.table is not None
 
     @functools.cached_property
     def columns(self) -> int:

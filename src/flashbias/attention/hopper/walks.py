@@ -7,7 +7,17 @@
 from flashbias.attention.hopper.gluon import gl, jit, load, mbarrier
 from flashbias.attention.hopper.scores import CENTRE_TILE, centring_of, tile_offset
 from flashbias.attention.hopper.slabs import LINE as _LINE
-from flashbias.attention.hopper.tiles import ROWS, SLAB, exp2, own_index, place_of, query_tiles, turns_of, unit_of
+from flashbias.attention.hopper.tiles import (
+    ROWS,
+    SLAB,
+    exp2,
+    own_index,
+    owner_of,
+    place_of,
+    query_tiles,
+    turns_of,
+    unit_of,
+)
 
 LINE = gl.constexpr(_LINE)
 """Numbers of a row of a box of slabs."""
@@ -30,11 +40,36 @@ def turned_tile(first, n, count, turned):
 
 
 @jit
+def shown_keys(terms, bh, start_n, keys, HAS_TERMS: gl.constexpr):
+    """Which of a warpgroup's keys the caller's own mask shows to a head; those past the end are none of them."""
+    if HAS_TERMS:
+        s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SLAB, 16])
+        rows = owner_of(bh, terms[2]).to(gl.int64) * keys + start_n
+        return gl.load(terms[0] + rows + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))) == 0.0
+    else:
+        return start_n
+
+
+@jit
+def seen_tiles(tiles, terms, bh, block, num_blocks, HAS_TERMS: gl.constexpr):
+    """Tiles of queries of one head that see a block of keys: none where the caller's own mask hides all of it."""
+    lo, full_lo, full_hi, hi = tiles
+    if HAS_TERMS:
+        most = gl.load(terms[1] + owner_of(bh, terms[2]).to(gl.int64) * num_blocks + block)
+        hi = gl.where(most == 0.0, hi, lo)
+        full_lo = gl.minimum(full_lo, hi)
+        full_hi = gl.minimum(full_hi, hi)
+    return lo, full_lo, full_hi, hi
+
+
+@jit
 def produce(
-    q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, sum_desc, lse_ptr, delta_ptr, centring, q_smem, k_smem, v_smem,
-    do_smem, pq_smem, pk_smem, sum_smem, lse_smem, delta_smem, kv_full, kv_empty, q_full, q_empty, units, pairs, heads,
+    q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, sum_desc, lse_ptr, delta_ptr, centring, terms, q_smem, k_smem,
+    v_smem, do_smem, pq_smem, pk_smem, sum_smem, lse_smem, delta_smem, kv_full, kv_empty, q_full, q_empty, units, pairs,
+    heads,
     num_blocks, num_heads, group, stride_rows, seqlen_q, shift, left, right, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr, RANK: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_TERMS: gl.constexpr, HAS_PHI: gl.constexpr,
+    SUM_DPQ: gl.constexpr, RANK: gl.constexpr,
     CENTRES: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr,
     BLOCK_G: gl.constexpr, CONSUMERS: gl.constexpr, KV_STAGES: gl.constexpr, ALTERNATES: gl.constexpr,
 ):  # fmt: skip
@@ -51,7 +86,7 @@ def produce(
             unit_of(turn, ALTERNATES), num_blocks, pairs, heads, num_heads // group, HAS_LEFT or HAS_RIGHT
         )
         start_n = block * BLOCK_N
-        lo, _, _, hi = query_tiles(start_n, seqlen_q, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
+        tiles = query_tiles(start_n, seqlen_q, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
         slot = turn % KV_STAGES
         mbarrier.wait(kv_empty.index(slot), ((turn // KV_STAGES) & 1) ^ 1)
         full = kv_full.index(slot)
@@ -69,6 +104,7 @@ def produce(
             h = hk * group + g
             bh = b * num_heads + h
             f_q = own_index(bh, pq_s1, pq_v2, pq_s2)
+            lo, _, _, hi = seen_tiles(tiles, terms, bh, block, num_blocks, HAS_TERMS)
             turned = turn_of(block, num_blocks, hi - lo, HAS_LEFT or HAS_RIGHT)
             for n in range(hi - lo):
                 start_m = turned_tile(lo, n, hi - lo, turned) * SLAB
@@ -107,15 +143,19 @@ def key_tile_of(unit, num_blocks, pairs, heads, kv_heads, IS_BANDED: gl.constexp
 
 
 @jit
-def weights(s, lse_smem, start_m, start_n, seqlen_k, shift, left, right, qk_scale, IS_EDGE: gl.constexpr,
-             HAS_TAIL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):  # fmt: skip
-    """P^T of a tile, 0 where the band or the end of the keys hides."""
+def weights(s, lse_smem, shown, start_m, start_n, seqlen_k, shift, left, right, qk_scale, IS_EDGE: gl.constexpr,
+             HAS_TAIL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+             HAS_TERMS: gl.constexpr):  # fmt: skip
+    """P^T of a tile, 0 where the band, the end of the keys or the caller's own mask hides.
+
+    By selection: the log-sum-exp does not count what is hidden, so its power may be infinite.
+    """
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SLAB, 16])
     columns: gl.constexpr = gl.SliceLayout(0, s_layout)
     p = exp2(s * qk_scale - lse_smem.load(columns)[None, :])
-    if IS_EDGE or HAS_TAIL:
+    if IS_EDGE or HAS_TAIL or HAS_TERMS:
         j = start_n + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))[:, None]
-        keep = j < seqlen_k
+        keep = shown[:, None] if HAS_TERMS else j < seqlen_k
         if IS_EDGE:
             i = start_m + gl.arange(0, SLAB, columns)[None, :]
             if HAS_RIGHT:

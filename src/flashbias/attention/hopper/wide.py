@@ -21,7 +21,16 @@ from flashbias.attention.hopper.gluon import (
     warpgroup_mma_wait,
 )
 from flashbias.attention.hopper.tiles import ROWS, SLAB, own_index, query_tiles, turns_of, unit_of
-from flashbias.attention.hopper.walks import LINE, key_tile_of, produce, turn_of, turned_tile, weights
+from flashbias.attention.hopper.walks import (
+    LINE,
+    key_tile_of,
+    produce,
+    seen_tiles,
+    shown_keys,
+    turn_of,
+    turned_tile,
+    weights,
+)
 from flashbias.attention.triton.scores import LOG2E
 
 
@@ -47,14 +56,14 @@ def _issue_scores(
 
 @jit
 def _walk(
-    w: gl.constexpr, dk, dv, dphi, step, first, count, turned, f_q, bh, slabs, start_n, k, v, pk, q_smem, k_smem,
-    do_smem, pq_smem, sum_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, q_full, q_empty, ds_full, ds_empty,
-    dq_desc, dpq_desc, seqlen_k, shift, left, right, qk_scale, IS_EDGE: gl.constexpr, HAS_TAIL: gl.constexpr,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr,
-    SUM_DPK: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr,
-    BLOCK_SUM: gl.constexpr, BLOCK_G: gl.constexpr, q_layout: gl.constexpr, k_layout: gl.constexpr,
-    do_layout: gl.constexpr, pq_layout: gl.constexpr, sum_layout: gl.constexpr, dq_layout: gl.constexpr,
-    dpq_layout: gl.constexpr, DQ_COLUMNS: gl.constexpr, CONSUMERS: gl.constexpr,
+    w: gl.constexpr, dk, dv, dphi, step, first, count, turned, f_q, bh, slabs, start_n, shown, k, v, pk, q_smem,
+    k_smem, do_smem, pq_smem, sum_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, q_full, q_empty, ds_full,
+    ds_empty, dq_desc, dpq_desc, seqlen_k, shift, left, right, qk_scale, IS_EDGE: gl.constexpr, HAS_TAIL: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_TERMS: gl.constexpr, HAS_PHI: gl.constexpr,
+    SUM_DPQ: gl.constexpr, SUM_DPK: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
+    BLOCK_R: gl.constexpr, BLOCK_SUM: gl.constexpr, BLOCK_G: gl.constexpr, q_layout: gl.constexpr,
+    k_layout: gl.constexpr, do_layout: gl.constexpr, pq_layout: gl.constexpr, sum_layout: gl.constexpr,
+    dq_layout: gl.constexpr, dpq_layout: gl.constexpr, DQ_COLUMNS: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """Walk over `count` tiles of queries from `first`, the one `turned` steps in at first."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SLAB, 16])
@@ -77,8 +86,8 @@ def _walk(
         s, dp = _issue_scores(k, v, pk, step, q_smem, do_smem, pq_smem, q_full, HAS_PHI, STAGES,
                               BLOCK_D, BLOCK_DV, BLOCK_R, q_layout, do_layout, pq_layout)  # fmt: skip
         s = warpgroup_mma_wait(1, deps=[s])
-        p = weights(s, lse_smem.index(stage), tile * SLAB, start_n + w * ROWS, seqlen_k, shift, left, right,
-                    qk_scale, IS_EDGE, HAS_TAIL, HAS_LEFT, HAS_RIGHT)  # fmt: skip
+        p = weights(s, lse_smem.index(stage), shown, tile * SLAB, start_n + w * ROWS, seqlen_k, shift, left, right,
+                    qk_scale, IS_EDGE, HAS_TAIL, HAS_LEFT, HAS_RIGHT, HAS_TERMS)  # fmt: skip
         p16 = gl.convert_layout(p.to(do_smem.dtype), gl.DotOperandLayout(0, dv_layout, 2))
         dv = warpgroup_mma(p16, do, dv, is_async=True)
         dp = warpgroup_mma_wait(1, deps=[dp])
@@ -136,16 +145,16 @@ def _walk(
 
 @jit
 def _consume(
-    w: gl.constexpr, dq_desc, dk_desc, dv_desc, dpq_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem,
-    sum_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty, ds_full,
-    ds_empty, units, pairs, heads, num_blocks, num_heads, group, slabs, seqlen_q, seqlen_k, shift, left, right, scale,
-    pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_TAIL: gl.constexpr,
-    HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr, SUM_DPK: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr,
-    BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_SUM: gl.constexpr, BLOCK_G: gl.constexpr,
-    q_layout: gl.constexpr, k_layout: gl.constexpr, v_layout: gl.constexpr, do_layout: gl.constexpr,
-    pq_layout: gl.constexpr, pk_layout: gl.constexpr, sum_layout: gl.constexpr, dq_layout: gl.constexpr,
-    dpq_layout: gl.constexpr, dpk_layout: gl.constexpr, DQ_COLUMNS: gl.constexpr, CONSUMERS: gl.constexpr,
-    ALTERNATES: gl.constexpr,
+    w: gl.constexpr, dq_desc, dk_desc, dv_desc, dpq_desc, dpk_desc, terms, q_smem, k_smem, v_smem, do_smem, pq_smem,
+    pk_smem, sum_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty,
+    ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, slabs, seqlen_q, seqlen_k, shift, left,
+    right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    HAS_TAIL: gl.constexpr, HAS_TERMS: gl.constexpr, HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr,
+    SUM_DPK: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr,
+    BLOCK_SUM: gl.constexpr, BLOCK_G: gl.constexpr, q_layout: gl.constexpr, k_layout: gl.constexpr,
+    v_layout: gl.constexpr, do_layout: gl.constexpr, pq_layout: gl.constexpr, pk_layout: gl.constexpr,
+    sum_layout: gl.constexpr, dq_layout: gl.constexpr, dpq_layout: gl.constexpr, dpk_layout: gl.constexpr,
+    DQ_COLUMNS: gl.constexpr, CONSUMERS: gl.constexpr, ALTERNATES: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup w: 64 keys of every tile."""
     BLOCK_N: gl.constexpr = ROWS * CONSUMERS
@@ -163,7 +172,7 @@ def _consume(
             unit_of(turn, ALTERNATES), num_blocks, pairs, heads, num_heads // group, HAS_LEFT or HAS_RIGHT
         )
         start_n = block * BLOCK_N
-        lo, full_lo, full_hi, hi = query_tiles(start_n, seqlen_q, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
+        tiles = query_tiles(start_n, seqlen_q, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
         dk = gl.zeros([ROWS, BLOCK_D], gl.float32, dk_layout)
         dv = gl.zeros([ROWS, BLOCK_DV], gl.float32, dv_layout)
         dphi = gl.zeros([ROWS, BLOCK_G], gl.float32, dphi_layout)
@@ -172,6 +181,8 @@ def _consume(
         for g in range(group):
             bh = b * num_heads + hk * group + g
             f_q = own_index(bh, pq_s1, pq_v2, pq_s2)
+            lo, full_lo, full_hi, hi = seen_tiles(tiles, terms, bh, block, num_blocks, HAS_TERMS)
+            shown = shown_keys(terms, bh, start_n + w * ROWS, num_blocks * BLOCK_N, HAS_TERMS)
             for part in gl.static_range(3):
                 if part == 0:
                     first = lo
@@ -185,10 +196,10 @@ def _consume(
                 if part == 1 or (part == 0 and HAS_RIGHT) or (part == 2 and HAS_LEFT):
                     dk, dv, dphi, step = _walk(
                         w, dk, dv, dphi, step, first, count, turn_of(block, num_blocks, count, HAS_LEFT or HAS_RIGHT),
-                        f_q, bh, slabs, start_n, k, v, pk, q_smem, k_smem, do_smem, pq_smem, sum_smem,
+                        f_q, bh, slabs, start_n, shown, k, v, pk, q_smem, k_smem, do_smem, pq_smem, sum_smem,
                         ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, q_full, q_empty, ds_full, ds_empty, dq_desc,
                         dpq_desc, seqlen_k, shift, left, right, scale * LOG2E,
-                        part != 1, HAS_TAIL, HAS_LEFT, HAS_RIGHT, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_D,
+                        part != 1, HAS_TAIL, HAS_LEFT, HAS_RIGHT, HAS_TERMS, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_D,
                         BLOCK_DV, BLOCK_R, BLOCK_SUM, BLOCK_G, q_layout, k_layout, do_layout, pq_layout, sum_layout,
                         dq_layout, dpq_layout, DQ_COLUMNS, CONSUMERS,
                     )  # fmt: skip
@@ -215,14 +226,15 @@ def _consume(
     do_not_specialize=[
         "units", "pairs", "heads", "num_blocks", "num_heads", "group", "slabs", "stride_rows", "seqlen_q", "seqlen_k",
         "shift", "left", "right", "pq_s1", "pq_v2", "pq_s2", "pk_s1", "pk_v2", "pk_s2", "stride_pf", "stride_pn",
-        "stride_pr", "stride_c", "references",
+        "stride_pr", "stride_c", "references", "mask_s1", "mask_v2", "mask_s2",
     ]
 )  # fmt: skip
 def _bwd_wide_kernel(
     q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, sum_desc, lse_ptr, delta_ptr, phi_q_ptr, centre_ptr, dq_desc,
     dk_desc, dv_desc, dpq_desc, dpk_desc, units, pairs, heads, num_blocks, num_heads, group, slabs, stride_rows,
     seqlen_q, seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, stride_pf, stride_pn,
-    stride_pr, stride_c, references, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_TAIL: gl.constexpr,
+    stride_pr, stride_c, references, terms_ptr, most_ptr, mask_s1, mask_v2, mask_s2,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_TAIL: gl.constexpr, HAS_TERMS: gl.constexpr,
     HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr, SUM_DPK: gl.constexpr, RANK: gl.constexpr, STAGES: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr,
     DQ_COLUMNS: gl.constexpr, CONSUMERS: gl.constexpr, ALTERNATES: gl.constexpr, REGISTERS: gl.constexpr,
@@ -275,29 +287,30 @@ def _bwd_wide_kernel(
     owners_q = (pq_s1, pq_v2, pq_s2)
     owners_k = (pk_s1, pk_v2, pk_s2)
     centring = (phi_q_ptr, stride_pf, stride_pn, stride_pr, centre_ptr, stride_c, references, owners_q, owners_k)
+    terms = (terms_ptr, most_ptr, (mask_s1, mask_v2, mask_s2))
     # Partitions take their arguments one by one: in a tuple of its own a constant would become a tensor.
     gl.warp_specialize(
         [
-            (_consume, (0, dq_desc, dk_desc, dv_desc, dpq_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem,
-                        pk_smem, sum_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, dpk_smem, kv_full,
+            (_consume, (0, dq_desc, dk_desc, dv_desc, dpq_desc, dpk_desc, terms, q_smem, k_smem, v_smem, do_smem,
+                        pq_smem, pk_smem, sum_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, dpk_smem, kv_full,
                         kv_empty, q_full, q_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group,
                         slabs, seqlen_q, seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2,
-                        HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R,
-                        BLOCK_SUM, BLOCK_G, q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout, sum_layout,
-                        dq_layout, dpq_layout, dpk_layout, DQ_COLUMNS, CONSUMERS, ALTERNATES)),
-            (_consume, (1, dq_desc, dk_desc, dv_desc, dpq_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem,
-                        pk_smem, sum_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, dpk_smem, kv_full,
+                        HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_TERMS, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_D, BLOCK_DV,
+                        BLOCK_R, BLOCK_SUM, BLOCK_G, q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout,
+                        sum_layout, dq_layout, dpq_layout, dpk_layout, DQ_COLUMNS, CONSUMERS, ALTERNATES)),
+            (_consume, (1, dq_desc, dk_desc, dv_desc, dpq_desc, dpk_desc, terms, q_smem, k_smem, v_smem, do_smem,
+                        pq_smem, pk_smem, sum_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, dpk_smem, kv_full,
                         kv_empty, q_full, q_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group,
                         slabs, seqlen_q, seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2,
-                        HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R,
-                        BLOCK_SUM, BLOCK_G, q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout, sum_layout,
-                        dq_layout, dpq_layout, dpk_layout, DQ_COLUMNS, CONSUMERS, ALTERNATES)),
+                        HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_TERMS, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_D, BLOCK_DV,
+                        BLOCK_R, BLOCK_SUM, BLOCK_G, q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout,
+                        sum_layout, dq_layout, dpq_layout, dpk_layout, DQ_COLUMNS, CONSUMERS, ALTERNATES)),
             (produce, (q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, sum_desc, lse_ptr, delta_ptr, centring,
-                       q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, sum_smem, lse_smem, delta_smem, kv_full,
-                       kv_empty, q_full, q_empty, units, pairs, heads, num_blocks, num_heads, group, stride_rows,
-                       seqlen_q, shift, left, right, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT,
-                       HAS_PHI, SUM_DPQ, RANK, 1, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, CONSUMERS, 1,
-                       ALTERNATES)),
+                       terms, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, sum_smem, lse_smem, delta_smem,
+                       kv_full, kv_empty, q_full, q_empty, units, pairs, heads, num_blocks, num_heads, group,
+                       stride_rows, seqlen_q, shift, left, right, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT,
+                       HAS_RIGHT, HAS_TERMS, HAS_PHI, SUM_DPQ, RANK, 1, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G,
+                       CONSUMERS, 1, ALTERNATES)),
         ],
         [4, 1],
         [REGISTERS, PRODUCER_REGISTERS],
