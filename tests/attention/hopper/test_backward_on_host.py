@@ -236,7 +236,7 @@ def to_slab(x: Tensor) -> Tensor:
     return flat
 
 
-def unfold(sums: Tensor, out: Tensor, factor: float) -> None:
+def unfold(sums: Tensor, out: Tensor, factor: float, cu_seqlens: None = None) -> None:
     groups, rows, across, size = sums.shape
     columns = size // SLAB
     made = sums[..., slab_order(columns)].permute(0, 1, 3, 2, 4).reshape(groups, rows * SLAB, across * columns)
@@ -273,9 +273,9 @@ def computed(problem: Problem, leaves: dict[str, Tensor], scale: float, dout: Te
         seqlen_k=problem.m, head_dim=problem.width, head_dim_v=problem.width_v, block_d=problem.width,
         block_dv=problem.width_v, columns=COLUMNS if factors else 0, rank=problem.rank, shift=problem.shift,
         window_left=problem.left, window_right=problem.right, scale=scale, sharing_q=sharing_q, sharing_k=sharing_k,
-        shape=None, flat=lambda t: t, centring=centring, is_tile_centred=problem.centred,
-        mask=None if mask is None else mask.flatten(0, 1).view(torch.uint8), sharing_mask=share((b, h),
-        problem.mask or ()),
+        shape=None, flat=lambda t: t, centring=centring, is_tile_centred=problem.centred, is_varlen=False,
+        cu_seqlens_q=None, cu_seqlens_k=None, mask=None if mask is None else mask.flatten(0, 1).view(torch.uint8),
+        sharing_mask=share((b, h), problem.mask or ()),
     )  # fmt: skip
     for method in (HopperOperands.key_terms, HopperOperands.tile_terms):
         setattr(ops, method.__name__, MethodType(method, ops))

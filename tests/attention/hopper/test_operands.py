@@ -230,6 +230,16 @@ class TestChosen:
         )
         assert (backward.chosen(ops, (True, True, True, True, True, False)) is not None) == is_fused
 
+    @pytest.mark.parametrize(
+        ("head_dim", "is_fused"), [(16, False), (64, False), (80, True), (128, True), (136, False)]
+    )
+    def test_packed(self, head_dim: int, is_fused: bool) -> None:
+        """Wide heads, as in the forward pass; narrow ones were not measured."""
+        q, k, v = torch.zeros(3, HEADS, 500, head_dim, dtype=torch.bfloat16)
+        phi, cu = torch.zeros(HEADS, 500, 4), torch.tensor([0, 200, 500], dtype=torch.int32)
+        ops = HopperOperands.of(q, k, v, phi, phi, *[None] * 4, cu, cu, None, 300, 300, [], 0.25, -1, -1, False, 0.0)
+        assert (backward.chosen(ops, (True, True, True, True, True, False)) is not None) == is_fused
+
     def test_wide_shared_factors_beside_a_mask(self) -> None:
         """The kernel that sums dS over all who share a factor knows no mask: then each pair makes its own products."""
         q, k, v = torch.zeros(3, 10, HEADS, 256, D, dtype=torch.bfloat16)

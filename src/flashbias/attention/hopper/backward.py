@@ -2,7 +2,7 @@
 
 The fused kernel adds parts of dq, dphi_q and dphi_k in an order that varies: fast, and not repeatable to the bit.
 Wide factors that many (batch, head) pairs share get their gradients from a kernel of its own (`triton/shared.py`).
-What it does not do goes to the portable kernels: tables, packed batches, short windows, which one tile
+What it does not do goes to the portable kernels: tables, short windows, which one tile
 holds, factors that grouped heads do not share, gradients of factors beside float16 queries, whose precision bfloat16
 operands lack, and beside centres by tile those of a phi_q that is shared by heads with different phi_k.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashbias.attention.hopper import slabs
+from flashbias.attention.hopper import NARROW_IF_PACKED, slabs
 from flashbias.attention.hopper.configs import NARROWEST, ROWS, SLAB, BackwardConfig, backward_config, columns_of
 from flashbias.attention.hopper.fused import _bwd_kernel
 from flashbias.attention.hopper.operands import (
@@ -25,8 +25,9 @@ from flashbias.attention.hopper.operands import (
     layout_of,
     matrix,
     or_nothing,
+    packed,
 )
-from flashbias.attention.hopper.schedule import Band, Schedule, banded
+from flashbias.attention.hopper.schedule import Band, Schedule, banded, jagged
 from flashbias.attention.hopper.wide import _bwd_wide_kernel
 from flashbias.attention.layout import cdiv
 from flashbias.attention.triton import backward as portable
@@ -76,7 +77,7 @@ def chosen(ops: HopperOperands, needs_grad: tuple[bool, ...]) -> BackwardConfig 
     block_g = columns_of(ops.rank) if needs_phi and not are_summed_apart(ops) else 0
     if is_slower(ops, block_g):
         return None
-    return backward_config(ops.block_d, ops.block_dv, ops.columns, block_g, ops.is_tile_centred)
+    return backward_config(ops.block_d, ops.block_dv, ops.columns, block_g, ops.is_tile_centred, ops.is_varlen)
 
 
 def is_summable(ops: HopperOperands) -> bool:
@@ -87,8 +88,8 @@ def is_summable(ops: HopperOperands) -> bool:
 def are_summed_apart(ops: HopperOperands) -> bool:
     """Whether gradients of factors come from the kernel for wide, shared ones."""
     is_wide = ops.rank > WIDEST_BESIDE and ops.sharing_q.members >= FEWEST_MEMBERS
-    # That kernel knows no offsets of tiles and no masks of the caller's own.
-    return is_wide and not ops.is_tile_centred and ops.mask is None and shared.is_possible(ops)
+    # That kernel knows no offsets of tiles, no masks of the caller's own and no packed batches.
+    return is_wide and not (ops.is_tile_centred or ops.is_varlen) and ops.mask is None and shared.is_possible(ops)
 
 
 def _is_one_for_each_group(ops: HopperOperands) -> bool:
@@ -99,6 +100,8 @@ def _is_one_for_each_group(ops: HopperOperands) -> bool:
 
 def is_slower(ops: HopperOperands, block_g: int) -> bool:
     """Whether the portable kernels were faster on an H200, or the fused one was not measured (docs/kernels.md)."""
+    if ops.is_varlen and max(ops.head_dim, ops.head_dim_v) <= NARROW_IF_PACKED:
+        return True
     is_middling = NARROWEST < max(ops.block_d, ops.block_dv) <= WIDEST_BESIDE
     return block_g > (WIDEST_BESIDE if is_middling else NARROWEST)
 
@@ -119,7 +122,7 @@ def launch_as(
     dout = addressable(flattened(dout))
     lse2, delta = portable.rows_of(ops, dout, dlse, out, lse, SLAB)
     dq_columns = config.dq_columns(ops.block_d)
-    dq = slabs.zeros(ops.batch * ops.num_heads, lse2.shape[-1], ops.block_d, dq_columns, ops.q.device)
+    dq = _slabs(ops, ops.batch * ops.num_heads, ops.block_d, dq_columns)
     dk, dv = (_target(ops, grad, x) for grad, x in ((grads[1], ops.k), (grads[2], ops.v)))
     rank = ops.rank
     block_g = columns_of(max(rank, 1))
@@ -128,40 +131,43 @@ def launch_as(
     sum_k = _sums(factors.phi_k, block_g) if factors is not None and need_phi_k else None
     dpq = None
     if factors is not None and need_phi_q and not apart:
-        dpq = slabs.zeros(factors.phi_q.shape[0], lse2.shape[-1], block_g, block_g, ops.q.device)
+        dpq = _slabs(ops, factors.phi_q.shape[0], block_g, block_g)
     dpk = None if apart else sum_k
 
-    q, do = descriptor(ops.q, SLAB, ops.block_d), descriptor(dout, SLAB, ops.block_dv)
-    k, v = descriptor(ops.k, ROWS, ops.block_d), descriptor(ops.v, ROWS, ops.block_dv)
-    pq = q if factors is None else descriptor(factors.phi_q, SLAB, ops.columns)
-    pk = k if factors is None else descriptor(factors.phi_k, ROWS, ops.columns)
+    boxed = packed if ops.is_varlen else descriptor
+    q, do = boxed(ops.q, SLAB, ops.block_d), boxed(dout, SLAB, ops.block_dv)
+    k, v = boxed(ops.k, ROWS, ops.block_d), boxed(ops.v, ROWS, ops.block_dv)
+    pq = q if factors is None else _boxes_of_factor(ops, factors.phi_q, SLAB, ops.columns)
+    pk = k if factors is None else _boxes_of_factor(ops, factors.phi_k, ROWS, ops.columns)
     summable = None
     if config.is_centred and dpq is not None and factors is not None:
         summable = Summable.of(factors.raw_k, ops.q.dtype)
     sum_box = pk if summable is None else descriptor(summable.columns, ROWS, block_g)
     dq_box = slabs.box_of(dq)
     dpq_box = dq_box if dpq is None else slabs.box_of(dpq)
-    dpk_box = dq_box if dpk is None else descriptor(dpk, ROWS, block_g)
+    dpk_box = dq_box if dpk is None else _boxes_of_factor(ops, dpk, ROWS, block_g)
     schedule, blocks, pairs = schedule_of(config, ops)
     kernel, own = _bwd_wide_kernel, {"DQ_COLUMNS": dq_columns}
     if not config.is_wide:
         own = {
-            "HOLDS_PHI": config.holds_phi, "HAS_IDLE": cdiv(ops.seqlen_k, ROWS) % config.consumers > 0,
-            "KV_STAGES": config.kv_stages, "SUM_REGISTERS": config.sum_registers,
+            "HOLDS_PHI": config.holds_phi, "KV_STAGES": config.kv_stages,
+            "HAS_IDLE": ops.is_varlen or cdiv(ops.seqlen_k, ROWS) % config.consumers > 0,
+            "SUM_REGISTERS": config.sum_registers,
         }  # fmt: skip
         kernel = _bwd_kernel
     centring = or_nothing(lse2, ops.centring.phi_q, ops.centring.centres)
     terms = ops.tile_terms(ROWS * config.consumers)
+    counter = torch.zeros(1, dtype=torch.int32, device=lse2.device) if ops.is_varlen else None
     start(
         kernel, (schedule.programs,), q, k, v, do, pq, pk, sum_box, lse2, delta, *centring, dq_box,
-        descriptor(dk, ROWS, ops.block_d), descriptor(dv, ROWS, ops.block_dv), dpq_box, dpk_box,
+        boxed(dk, ROWS, ops.block_d), boxed(dv, ROWS, ops.block_dv), dpq_box, dpk_box,
         schedule.units, pairs, schedule.heads, blocks, ops.num_heads, ops.group, dq.shape[1], lse2.shape[-1],
         ops.seqlen_q, ops.seqlen_k, ops.shift, ops.window_left, ops.window_right, ops.scale, *ops.sharing_q.sizes,
         *ops.sharing_k.sizes, *ops.centring.sizes, *or_nothing(lse2, *terms), *ops.sharing_mask.sizes,
+        *or_nothing(lse2, ops.cu_seqlens_q, ops.cu_seqlens_k, counter),
         HAS_LEFT=ops.window_left >= 0,
         HAS_RIGHT=ops.window_right >= 0,
-        # Keys past the end have terms of their own.
-        HAS_TAIL=ops.mask is None and ops.seqlen_k % (ROWS * config.consumers if config.is_wide else ROWS) != 0,
+        HAS_TAIL=_has_tail(config, ops),
         HAS_TERMS=ops.mask is not None,
         HAS_PHI=factors is not None,
         SUM_DPQ=dpq is not None,
@@ -174,6 +180,7 @@ def launch_as(
         BLOCK_G=block_g,
         CONSUMERS=config.consumers,
         ALTERNATES=schedule.alternates,
+        IS_VARLEN=ops.is_varlen,
         REGISTERS=config.registers,
         PRODUCER_REGISTERS=config.producer_registers,
         q_layout=matrix(q), k_layout=matrix(k), v_layout=matrix(v), do_layout=matrix(do), pq_layout=matrix(pq),
@@ -186,7 +193,7 @@ def launch_as(
         **own,
     )  # fmt: skip
     if needs_grad[0]:
-        slabs.unfold(dq, ops.flat(grads[0]), ops.scale)
+        slabs.unfold(dq, ops.flat(grads[0]), ops.scale, ops.cu_seqlens_q)
     for grad, made in ((grads[1], dk), (grads[2], dv)):
         if grad.numel() and ops.flat(grad).data_ptr() != made.data_ptr():
             ops.flat(grad).copy_(made)
@@ -202,7 +209,7 @@ def launch_as(
 def _unfold_dphi_q(ops: HopperOperands, sums: Tensor, summable: Summable | None, grad: Tensor) -> None:
     """Bring slabs to the gradient `[1, F_q, N, R]`; beside centres by tile they are sums of other columns."""
     if summable is None:
-        slabs.unfold(sums, grad, 1.0)
+        slabs.unfold(sums, grad, 1.0, ops.cu_seqlens_q)
         return
     columns = sums.new_empty(*grad.shape[:-1], summable.columns.shape[-1])
     slabs.unfold(sums, columns, 1.0)
@@ -213,11 +220,14 @@ def schedule_of(config: BackwardConfig, ops: HopperOperands) -> tuple[Schedule, 
     """Deal the tiles of keys to the multiprocessors.
 
     Returns:
-        The schedule, tiles of keys of one (batch, head of keys) pair, and how many pairs there are.
+        The schedule, tiles of keys of one (batch, head of keys) pair, and how many pairs there are; of a packed batch,
+        whose lengths the host does not know, a schedule of as many units as there can be, and how many sequences.
     """
     block_n = ROWS * config.consumers
     blocks, pairs = cdiv(ops.seqlen_k, block_n), ops.batch * (ops.num_heads // ops.group)
     programs = multiprocessors(ops.q.device)
+    if ops.is_varlen:
+        return jagged(ops.seqlen_k, ops.sequences, pairs, block_n, programs), 0, ops.sequences
     if ops.window_left < 0 and ops.window_right < 0:
         units = blocks * pairs
         return Schedule(min(units, programs), units, units), blocks, pairs
@@ -226,6 +236,24 @@ def schedule_of(config: BackwardConfig, ops: HopperOperands) -> tuple[Schedule, 
     pair_bytes = ops.group * ops.seqlen_q * (ops.head_dim + ops.head_dim_v) * ops.q.element_size()
     schedule = banded(blocks, pairs, block_n, SLAB, ops.seqlen_q, band, pair_bytes, 1, programs, last_first=False)
     return schedule, blocks, pairs
+
+
+def _has_tail(config: BackwardConfig, ops: HopperOperands) -> bool:
+    """Whether a tile may pass the end of the keys; beside a mask those past the end have terms of their own."""
+    keys = ROWS * config.consumers if config.is_wide else ROWS
+    return ops.is_varlen or (ops.mask is None and ops.seqlen_k % keys != 0)
+
+
+def _slabs(ops: HopperOperands, groups: int, width: int, columns: int) -> Tensor:
+    """Empty sums over keys."""
+    if ops.is_varlen:
+        return slabs.packed_zeros(groups, ops.seqlen_q, ops.sequences, width, columns, ops.q.device)
+    return slabs.zeros(groups, ops.seqlen_q, width, columns, ops.q.device)
+
+
+def _boxes_of_factor(ops: HopperOperands, x: Tensor, rows: int, columns: int) -> Any:
+    """Describe `[F, N, columns]` to the copy engine; of a packed batch in boxes that end where a sequence ends."""
+    return packed(x[None], rows, columns) if ops.is_varlen else descriptor(x, rows, columns)
 
 
 def _target(ops: HopperOperands, grad: Tensor, x: Tensor) -> Tensor:

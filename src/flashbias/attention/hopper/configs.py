@@ -50,6 +50,10 @@ BARRIERS = 1024
 """Bytes set aside for barriers and alignment."""
 
 
+QUEUE = 512
+"""Bytes set aside for telling units of a packed batch."""
+
+
 class Warpgroups:
     """How many registers the warpgroups of a program have."""
 
@@ -181,6 +185,7 @@ class BackwardConfig:
         is_wide: whether heads are too wide for a warpgroup that makes dq.
         holds_phi: whether factors of the keys are held in registers too.
         is_centred: whether phi_k is centred tile by tile: the loading warp then makes the offsets of a tile of keys.
+        is_packed: whether the batch is: the loading warp then tells the others which unit comes next.
     """
 
     consumers: int
@@ -189,6 +194,7 @@ class BackwardConfig:
     is_wide: bool
     holds_phi: bool = False
     is_centred: bool = False
+    is_packed: bool = False
 
     @property
     def registers(self) -> int:
@@ -216,7 +222,7 @@ class BackwardConfig:
 
 
 def backward_config(
-    block_d: int, block_dv: int, block_r: int, block_g: int, is_centred: bool = False
+    block_d: int, block_dv: int, block_r: int, block_g: int, is_centred: bool = False, is_packed: bool = False
 ) -> BackwardConfig | None:
     """Pick the tile shape of the fused backward pass; None where there is none.
 
@@ -229,6 +235,7 @@ def backward_config(
         block_r: packed columns of the factors, 0 without.
         block_g: columns of the factors' gradients, 0 where none is needed.
         is_centred: whether phi_k is centred tile by tile.
+        is_packed: whether the batch is packed.
     """
     width = max(block_d, block_dv)
     is_wide = width > ROWS
@@ -242,6 +249,7 @@ def backward_config(
         is_wide=is_wide,
         holds_phi=NARROWEST < width <= 32 and 0 < block_r <= HELD,
         is_centred=is_centred,
+        is_packed=is_packed,
     )
     while backward_bytes(config, block_d, block_dv, block_r, block_g) > SHARED_MEMORY:
         if config.stages > 2:
@@ -269,4 +277,4 @@ def backward_bytes(config: BackwardConfig, block_d: int, block_dv: int, block_r:
         halves += block_n * block_g * config.kv_stages
         rows += config.consumers % 2
     singles = SLAB * (2 * config.dq_columns(block_d) + block_g) + block_n * block_g + rows * config.stages * SLAB
-    return 2 * halves + 4 * singles + BARRIERS
+    return 2 * halves + 4 * singles + BARRIERS + (QUEUE if config.is_packed else 0)

@@ -25,19 +25,31 @@ from flashbias.attention.hopper.gluon import (
     jit,
     mbarrier,
     reduce_add,
-    store,
     store_wait,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from flashbias.attention.hopper.scores import CENTRE_TILE
-from flashbias.attention.hopper.tiles import ROWS, SLAB, own_index, query_tiles, turns_of, unit_of
+from flashbias.attention.hopper.tiles import (
+    ROWS,
+    SLAB,
+    add_factor,
+    boxes,
+    factor_boxes,
+    own_index,
+    query_tiles,
+    store_rows,
+    turns_of,
+    unit_of,
+    unit_slots,
+)
 from flashbias.attention.hopper.walks import (
     LINE,
-    key_tile_of,
+    place_of_keys,
     produce,
     seen_tiles,
     shown_keys,
+    told_unit,
     turn_of,
     turned_tile,
     weights,
@@ -116,23 +128,32 @@ def _sit_out(w: gl.constexpr, n, step, ds_smem, q_full, q_empty, ds_full, ds_emp
 
 @jit
 def _sum_over_keys(
-    dq_desc, dpq_desc, terms, k_smem, sum_smem, ds_smem, dq_smem, dpq_smem, kv_full, kv_empty, ds_full, ds_empty, units,
-    pairs, heads, num_blocks, num_heads, group, slabs, seqlen_q, shift, left, right, pq_s1, pq_v2, pq_s2,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_TERMS: gl.constexpr, SUM_DPQ: gl.constexpr,
+    dq_desc, dpq_desc, terms, k_smem, sum_smem, ds_smem, dq_smem, dpq_smem, kv_full, kv_empty, ds_full, ds_empty,
+    starts, queue, units, pairs, heads, num_blocks, num_heads, group, slabs, seqlen_q, shift, left, right, pq_s1,
+    pq_v2, pq_s2, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_TERMS: gl.constexpr, SUM_DPQ: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_SUM: gl.constexpr, BLOCK_G: gl.constexpr, k_layout: gl.constexpr,
     sum_layout: gl.constexpr, dq_layout: gl.constexpr, dpq_layout: gl.constexpr, CONSUMERS: gl.constexpr,
-    KV_STAGES: gl.constexpr, ALTERNATES: gl.constexpr,
+    KV_STAGES: gl.constexpr, ALTERNATES: gl.constexpr, IS_VARLEN: gl.constexpr,
 ):  # fmt: skip
     """The last warpgroup: dq and dphi_q of each step, over the keys of all others."""
     BLOCK_N: gl.constexpr = ROWS * CONSUMERS
     dq_of_step: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     dphi_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_G, 16])
+    turn = 0
     step = 0
-    for turn in range(turns_of(units, ALTERNATES)):
-        b, hk, block = key_tile_of(
-            unit_of(turn, ALTERNATES), num_blocks, pairs, heads, num_heads // group, HAS_LEFT or HAS_RIGHT
-        )
-        tiles = query_tiles(block * BLOCK_N, seqlen_q, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
+    unit = 0
+    walk = (-1, 0)
+    turns = turns_of(units, ALTERNATES)
+    if IS_VARLEN:
+        unit, walk, turns = told_unit(0, walk, starts, queue, pairs, num_heads // group, BLOCK_N)
+    while turn < turns:
+        if not IS_VARLEN:
+            unit = unit_of(turn, ALTERNATES)
+        b, hk, block, blocks, queries, _keys, diagonal, first_slab = place_of_keys(
+            unit, walk, starts, num_blocks, pairs, heads, num_heads // group, seqlen_q, 0, shift, IS_VARLEN,
+            HAS_LEFT or HAS_RIGHT, BLOCK_N,
+        )  # fmt: skip
+        tiles = query_tiles(block * BLOCK_N, queries[1], diagonal, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
         # Without steps it would run ahead otherwise, and free keys that nobody has read.
         slot = turn % KV_STAGES
         mbarrier.wait(kv_full.index(slot), (turn // KV_STAGES) & 1)
@@ -140,8 +161,8 @@ def _sum_over_keys(
         for g in range(group):
             bh = b * num_heads + hk * group + g
             f_q = own_index(bh, pq_s1, pq_v2, pq_s2)
-            lo, _, _, hi = seen_tiles(tiles, terms, bh, block, num_blocks, HAS_TERMS)
-            turned = turn_of(block, num_blocks, hi - lo, HAS_LEFT or HAS_RIGHT)
+            lo, _, _, hi = seen_tiles(tiles, terms, bh, block, blocks, HAS_TERMS)
+            turned = turn_of(block, blocks, hi - lo, HAS_LEFT or HAS_RIGHT)
             for n in range(hi - lo):
                 row = turned_tile(lo, n, hi - lo, turned)
                 half = step & 1
@@ -166,29 +187,32 @@ def _sum_over_keys(
                 store_wait(2 if SUM_DPQ else 1)
                 sums._reinterpret(gl.float32, [SLAB, BLOCK_D], dq_layout).store(dq)
                 fence_async_shared()
-                reduce_add(dq_desc, [(bh * slabs + row) * (SLAB * BLOCK_D // LINE), 0], sums)
+                reduce_add(dq_desc, [(bh * slabs + first_slab + row) * (SLAB * BLOCK_D // LINE), 0], sums)
                 if SUM_DPQ:
                     store_wait(1)
                     dpq_smem._reinterpret(gl.float32, [SLAB, BLOCK_G], dpq_layout).store(dpq)
                     fence_async_shared()
-                    reduce_add(dpq_desc, [(f_q * slabs + row) * (SLAB * BLOCK_G // LINE), 0], dpq_smem)
+                    reduce_add(dpq_desc, [(f_q * slabs + first_slab + row) * (SLAB * BLOCK_G // LINE), 0], dpq_smem)
                 step += 1
         mbarrier.arrive(kv_empty.index(slot))
+        turn += 1
+        if IS_VARLEN:
+            unit, walk, turns = told_unit(turn, walk, starts, queue, pairs, num_heads // group, BLOCK_N)
     store_wait(0)
 
 
 @jit
 def _consume(
     w: gl.constexpr, dk_desc, dv_desc, dpk_desc, terms, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, ds_smem,
-    lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty, ds_full, ds_empty, units,
-    pairs, heads, num_blocks, num_heads, group, seqlen_q, seqlen_k, shift, left, right, scale, pk_s1, pk_v2, pk_s2,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_TAIL: gl.constexpr, HAS_TERMS: gl.constexpr,
+    lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty, ds_full, ds_empty, starts,
+    queue, units, pairs, heads, num_blocks, num_heads, group, seqlen_q, seqlen_k, shift, left, right, scale, pk_s1,
+    pk_v2, pk_s2, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_TAIL: gl.constexpr, HAS_TERMS: gl.constexpr,
     HAS_PHI: gl.constexpr, SUM_DPK: gl.constexpr, CENTRES: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr,
     BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr, q_layout: gl.constexpr,
     k_layout: gl.constexpr, v_layout: gl.constexpr, do_layout: gl.constexpr, pq_layout: gl.constexpr,
     pk_layout: gl.constexpr, dpk_layout: gl.constexpr,
     HOLDS_PHI: gl.constexpr, HAS_IDLE: gl.constexpr, CONSUMERS: gl.constexpr, KV_STAGES: gl.constexpr,
-    ALTERNATES: gl.constexpr,
+    ALTERNATES: gl.constexpr, IS_VARLEN: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup w: 64 keys of every tile."""
     BLOCK_N: gl.constexpr = ROWS * CONSUMERS
@@ -196,13 +220,23 @@ def _consume(
     dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     dv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     dphi_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_G, 16])
+    turn = 0
     step = 0
-    for turn in range(turns_of(units, ALTERNATES)):
-        b, hk, block = key_tile_of(
-            unit_of(turn, ALTERNATES), num_blocks, pairs, heads, num_heads // group, HAS_LEFT or HAS_RIGHT
-        )
+    unit = 0
+    walk = (-1, 0)
+    turns = turns_of(units, ALTERNATES)
+    if IS_VARLEN:
+        unit, walk, turns = told_unit(0, walk, starts, queue, pairs, num_heads // group, BLOCK_N)
+    while turn < turns:
+        if not IS_VARLEN:
+            unit = unit_of(turn, ALTERNATES)
+        b, hk, block, blocks, queries, keys, diagonal, _slab = place_of_keys(
+            unit, walk, starts, num_blocks, pairs, heads, num_heads // group, seqlen_q, seqlen_k, shift, IS_VARLEN,
+            HAS_LEFT or HAS_RIGHT, BLOCK_N,
+        )  # fmt: skip
         start_n = block * BLOCK_N
-        tiles = query_tiles(start_n, seqlen_q, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
+        own_k = keys[1]
+        tiles = query_tiles(start_n, queries[1], diagonal, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
         dk = gl.zeros([ROWS, BLOCK_D], gl.float32, dk_layout)
         dv = gl.zeros([ROWS, BLOCK_DV], gl.float32, dv_layout)
         dphi = gl.zeros([ROWS, BLOCK_G], gl.float32, dphi_layout)
@@ -225,11 +259,11 @@ def _consume(
         # Where this warpgroup has no keys, the others go on without it.
         members = group
         if w > 0 and HAS_IDLE:
-            members = gl.where(start_n + w * ROWS < seqlen_k, group, 0)
+            members = gl.where(start_n + w * ROWS < own_k, group, 0)
         for g in range(members):
             bh = b * num_heads + hk * group + g
-            lo, full_lo, full_hi, hi = seen_tiles(tiles, terms, bh, block, num_blocks, HAS_TERMS)
-            shown = shown_keys(terms, bh, start_n + w * ROWS, num_blocks * BLOCK_N, HAS_TERMS)
+            lo, full_lo, full_hi, hi = seen_tiles(tiles, terms, bh, block, blocks, HAS_TERMS)
+            shown = shown_keys(terms, bh, start_n + w * ROWS, blocks * BLOCK_N, HAS_TERMS)
             for part in gl.static_range(3):
                 if part == 0:
                     first = lo
@@ -242,9 +276,9 @@ def _consume(
                     count = hi - full_hi
                 if part == 1 or (part == 0 and HAS_RIGHT) or (part == 2 and HAS_LEFT):
                     dk, dv, dphi, step = _walk(
-                        w, dk, dv, dphi, step, first, count, turn_of(block, num_blocks, count, HAS_LEFT or HAS_RIGHT),
+                        w, dk, dv, dphi, step, first, count, turn_of(block, blocks, count, HAS_LEFT or HAS_RIGHT),
                         start_n + w * ROWS, shown, centre, k, v, pk, q_smem, do_smem, pq_smem, ds_smem, lse_smem,
-                        delta_smem, q_full, q_empty, ds_full, ds_empty, seqlen_k, shift, left, right, scale * LOG2E,
+                        delta_smem, q_full, q_empty, ds_full, ds_empty, own_k, diagonal, left, right, scale * LOG2E,
                         part != 1, HAS_TAIL, HAS_LEFT, HAS_RIGHT, HAS_TERMS, HAS_PHI, SUM_DPK, CENTRES, STAGES,
                         BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, do_layout, pq_layout, CONSUMERS,
                     )  # fmt: skip
@@ -254,7 +288,7 @@ def _consume(
                 idle = 0
                 for g in range(group - members):
                     bh = b * num_heads + hk * group + g
-                    lo, _, _, hi = seen_tiles(tiles, terms, bh, block, num_blocks, HAS_TERMS)
+                    lo, _, _, hi = seen_tiles(tiles, terms, bh, block, blocks, HAS_TERMS)
                     idle += hi - lo
             for n in range(idle):
                 _sit_out(w, n, step, ds_smem, q_full, q_empty, ds_full, ds_empty, STAGES, CONSUMERS)
@@ -268,11 +302,16 @@ def _consume(
             own = dpk_smem.index(w)
             own._reinterpret(gl.float32, [ROWS, BLOCK_G], dpk_layout).store(dphi * scale)
         fence_async_shared()
-        store(dk_desc, [b, hk, start_n + w * ROWS, 0], dk_smem.index(w))
-        store(dv_desc, [b, hk, start_n + w * ROWS, 0], dv_smem.index(w))
+        b_k = keys[2]
+        row_k = keys[3]
+        store_rows(dk_desc, b_k, hk, row_k + start_n + w * ROWS, dk_smem.index(w), IS_VARLEN)
+        store_rows(dv_desc, b_k, hk, row_k + start_n + w * ROWS, dv_smem.index(w), IS_VARLEN)
         if SUM_DPK:
             f_k = own_index(b * num_heads + hk * group, pk_s1, pk_v2, pk_s2)
-            reduce_add(dpk_desc, [f_k, start_n + w * ROWS, 0], dpk_smem.index(w))
+            add_factor(dpk_desc, b_k, f_k, row_k + start_n + w * ROWS, dpk_smem.index(w), IS_VARLEN)
+        turn += 1
+        if IS_VARLEN:
+            unit, walk, turns = told_unit(turn, walk, starts, queue, pairs, num_heads // group, BLOCK_N)
     store_wait(0)
 
 
@@ -287,29 +326,29 @@ def _bwd_kernel(
     q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, sum_desc, lse_ptr, delta_ptr, phi_q_ptr, centre_ptr, dq_desc,
     dk_desc, dv_desc, dpq_desc, dpk_desc, units, pairs, heads, num_blocks, num_heads, group, slabs, stride_rows,
     seqlen_q, seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, stride_pf, stride_pn,
-    stride_pr, stride_c, references, terms_ptr, most_ptr, mask_s1, mask_v2, mask_s2,
+    stride_pr, stride_c, references, terms_ptr, most_ptr, mask_s1, mask_v2, mask_s2, cu_q_ptr, cu_k_ptr, counter_ptr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_TAIL: gl.constexpr, HAS_TERMS: gl.constexpr,
     HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr, SUM_DPK: gl.constexpr, RANK: gl.constexpr, STAGES: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr,
     HOLDS_PHI: gl.constexpr, HAS_IDLE: gl.constexpr, CONSUMERS: gl.constexpr, KV_STAGES: gl.constexpr,
-    ALTERNATES: gl.constexpr, REGISTERS: gl.constexpr, SUM_REGISTERS: gl.constexpr,
+    ALTERNATES: gl.constexpr, IS_VARLEN: gl.constexpr, REGISTERS: gl.constexpr, SUM_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr, q_layout: gl.constexpr, k_layout: gl.constexpr, v_layout: gl.constexpr,
     do_layout: gl.constexpr, pq_layout: gl.constexpr, pk_layout: gl.constexpr, sum_layout: gl.constexpr,
     ds_layout: gl.constexpr, dq_layout: gl.constexpr, dpq_layout: gl.constexpr, dpk_layout: gl.constexpr,
 ):  # fmt: skip
     """All gradients; a program takes every so-manieth tile of keys of one (batch, head of keys)."""
     KEYS: gl.constexpr = KV_STAGES * CONSUMERS
-    k_smem = gl.allocate_shared_memory(k_desc.dtype, [KEYS, 1, 1, ROWS, BLOCK_D], k_desc.layout)
-    v_smem = gl.allocate_shared_memory(v_desc.dtype, [KEYS, 1, 1, ROWS, BLOCK_DV], v_desc.layout)
-    dk_smem = gl.allocate_shared_memory(dk_desc.dtype, [CONSUMERS, 1, 1, ROWS, BLOCK_D], dk_desc.layout)
-    dv_smem = gl.allocate_shared_memory(dv_desc.dtype, [CONSUMERS, 1, 1, ROWS, BLOCK_DV], dv_desc.layout)
-    q_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, SLAB, BLOCK_D], q_desc.layout)
-    do_smem = gl.allocate_shared_memory(do_desc.dtype, [STAGES, 1, 1, SLAB, BLOCK_DV], do_desc.layout)
+    k_smem = boxes(k_desc, KEYS, ROWS, BLOCK_D, IS_VARLEN)
+    v_smem = boxes(v_desc, KEYS, ROWS, BLOCK_DV, IS_VARLEN)
+    dk_smem = boxes(dk_desc, CONSUMERS, ROWS, BLOCK_D, IS_VARLEN)
+    dv_smem = boxes(dv_desc, CONSUMERS, ROWS, BLOCK_DV, IS_VARLEN)
+    q_smem = boxes(q_desc, STAGES, SLAB, BLOCK_D, IS_VARLEN)
+    do_smem = boxes(do_desc, STAGES, SLAB, BLOCK_DV, IS_VARLEN)
     pq_smem = q_smem
     pk_smem = k_smem
     if HAS_PHI:
-        pq_smem = gl.allocate_shared_memory(pq_desc.dtype, [STAGES, 1, SLAB, BLOCK_R], pq_desc.layout)
-        pk_smem = gl.allocate_shared_memory(pk_desc.dtype, [KEYS, 1, ROWS, BLOCK_R], pk_desc.layout)
+        pq_smem = factor_boxes(pq_desc, STAGES, SLAB, BLOCK_R, IS_VARLEN)
+        pk_smem = factor_boxes(pk_desc, KEYS, ROWS, BLOCK_R, IS_VARLEN)
     # What dphi_q is the sum of: the factors themselves, or what goes with centres by tile.
     BLOCK_SUM: gl.constexpr = BLOCK_R if RANK == 0 else BLOCK_G
     # Two warpgroups have the keys of one centre.
@@ -324,7 +363,7 @@ def _bwd_kernel(
     if SUM_DPQ:
         dpq_smem = gl.allocate_shared_memory(gl.float32, [SLAB * BLOCK_G // LINE, LINE], dpq_desc.layout)
     if SUM_DPK:
-        dpk_smem = gl.allocate_shared_memory(gl.float32, [CONSUMERS, 1, ROWS, BLOCK_G], dpk_desc.layout)
+        dpk_smem = factor_boxes(dpk_desc, CONSUMERS, ROWS, BLOCK_G, IS_VARLEN)
     # A thread reads 16 bytes at a time of what its columns need.
     rows_layout: gl.constexpr = gl.SharedLinearLayout(offset_bases=[[1], [8], [2], [4], [16], [32]])
     lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES * CENTRES, SLAB], rows_layout)
@@ -344,6 +383,11 @@ def _bwd_kernel(
     for stage in gl.static_range(STAGES):
         mbarrier.init(q_full.index(stage), count=2)
         mbarrier.init(q_empty.index(stage), count=CONSUMERS)
+    starts = (cu_k_ptr, cu_q_ptr)
+    queue = ()
+    if IS_VARLEN:
+        unit_smem, told, heard = unit_slots(CONSUMERS + 1)
+        queue = (counter_ptr, unit_smem, told, heard)
     fence_async_shared()
     owners_q = (pq_s1, pq_v2, pq_s2)
     owners_k = (pk_s1, pk_v2, pk_s2)
@@ -355,29 +399,29 @@ def _bwd_kernel(
             [
                 (_consume, (0, dk_desc, dv_desc, dpk_desc, terms, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem,
                             ds_smem, lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full,
-                            q_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, seqlen_q,
-                            seqlen_k, shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL,
-                            HAS_TERMS, HAS_PHI, SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G,
-                            q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI,
-                            HAS_IDLE, CONSUMERS, KV_STAGES, ALTERNATES)),
+                            q_empty, ds_full, ds_empty, starts, queue, units, pairs, heads, num_blocks, num_heads,
+                            group, seqlen_q, seqlen_k, shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT,
+                            HAS_RIGHT, HAS_TAIL, HAS_TERMS, HAS_PHI, SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV,
+                            BLOCK_R, BLOCK_G, q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout,
+                            dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS, KV_STAGES, ALTERNATES, IS_VARLEN)),
                 (_consume, (1, dk_desc, dv_desc, dpk_desc, terms, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem,
                             ds_smem, lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full,
-                            q_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, seqlen_q,
-                            seqlen_k, shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL,
-                            HAS_TERMS, HAS_PHI, SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G,
-                            q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI,
-                            HAS_IDLE, CONSUMERS, KV_STAGES, ALTERNATES)),
+                            q_empty, ds_full, ds_empty, starts, queue, units, pairs, heads, num_blocks, num_heads,
+                            group, seqlen_q, seqlen_k, shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT,
+                            HAS_RIGHT, HAS_TAIL, HAS_TERMS, HAS_PHI, SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV,
+                            BLOCK_R, BLOCK_G, q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout,
+                            dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS, KV_STAGES, ALTERNATES, IS_VARLEN)),
                 (_sum_over_keys, (dq_desc, dpq_desc, terms, k_smem, sum_smem, ds_smem, dq_smem, dpq_smem, kv_full,
-                                  kv_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group,
-                                  slabs, seqlen_q, shift, left, right, pq_s1, pq_v2, pq_s2, HAS_LEFT, HAS_RIGHT,
-                                  HAS_TERMS, SUM_DPQ, BLOCK_D, BLOCK_SUM, BLOCK_G, k_layout, sum_layout, dq_layout,
-                                  dpq_layout, CONSUMERS, KV_STAGES, ALTERNATES)),
+                                  kv_empty, ds_full, ds_empty, starts, queue, units, pairs, heads, num_blocks,
+                                  num_heads, group, slabs, seqlen_q, shift, left, right, pq_s1, pq_v2, pq_s2, HAS_LEFT,
+                                  HAS_RIGHT, HAS_TERMS, SUM_DPQ, BLOCK_D, BLOCK_SUM, BLOCK_G, k_layout, sum_layout,
+                                  dq_layout, dpq_layout, CONSUMERS, KV_STAGES, ALTERNATES, IS_VARLEN)),
                 (produce, (q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, sum_desc, lse_ptr, delta_ptr, centring,
                            terms, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, sum_smem, lse_smem, delta_smem,
-                           kv_full, kv_empty, q_full, q_empty, units, pairs, heads, num_blocks, num_heads, group,
-                           stride_rows, seqlen_q, shift, left, right, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2,
-                           HAS_LEFT, HAS_RIGHT, HAS_TERMS, HAS_PHI, SUM_DPQ, RANK, CENTRES, STAGES, BLOCK_D, BLOCK_DV,
-                           BLOCK_R, BLOCK_G, CONSUMERS, KV_STAGES, ALTERNATES)),
+                           kv_full, kv_empty, q_full, q_empty, starts, queue, units, pairs, heads, num_blocks,
+                           num_heads, group, stride_rows, seqlen_q, shift, left, right, pq_s1, pq_v2, pq_s2, pk_s1,
+                           pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TERMS, HAS_PHI, SUM_DPQ, RANK, CENTRES, STAGES,
+                           BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, CONSUMERS, KV_STAGES, ALTERNATES, IS_VARLEN)),
             ],
             [4, 4, 1],
             [REGISTERS, SUM_REGISTERS, PRODUCER_REGISTERS],
@@ -387,36 +431,36 @@ def _bwd_kernel(
             [
                 (_consume, (0, dk_desc, dv_desc, dpk_desc, terms, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem,
                             ds_smem, lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full,
-                            q_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, seqlen_q,
-                            seqlen_k, shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL,
-                            HAS_TERMS, HAS_PHI, SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G,
-                            q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI,
-                            HAS_IDLE, CONSUMERS, KV_STAGES, ALTERNATES)),
+                            q_empty, ds_full, ds_empty, starts, queue, units, pairs, heads, num_blocks, num_heads,
+                            group, seqlen_q, seqlen_k, shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT,
+                            HAS_RIGHT, HAS_TAIL, HAS_TERMS, HAS_PHI, SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV,
+                            BLOCK_R, BLOCK_G, q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout,
+                            dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS, KV_STAGES, ALTERNATES, IS_VARLEN)),
                 (_consume, (1, dk_desc, dv_desc, dpk_desc, terms, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem,
                             ds_smem, lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full,
-                            q_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, seqlen_q,
-                            seqlen_k, shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL,
-                            HAS_TERMS, HAS_PHI, SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G,
-                            q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI,
-                            HAS_IDLE, CONSUMERS, KV_STAGES, ALTERNATES)),
+                            q_empty, ds_full, ds_empty, starts, queue, units, pairs, heads, num_blocks, num_heads,
+                            group, seqlen_q, seqlen_k, shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT,
+                            HAS_RIGHT, HAS_TAIL, HAS_TERMS, HAS_PHI, SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV,
+                            BLOCK_R, BLOCK_G, q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout,
+                            dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS, KV_STAGES, ALTERNATES, IS_VARLEN)),
                 (_consume, (2, dk_desc, dv_desc, dpk_desc, terms, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem,
                             ds_smem, lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full,
-                            q_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, seqlen_q,
-                            seqlen_k, shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL,
-                            HAS_TERMS, HAS_PHI, SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G,
-                            q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI,
-                            HAS_IDLE, CONSUMERS, KV_STAGES, ALTERNATES)),
+                            q_empty, ds_full, ds_empty, starts, queue, units, pairs, heads, num_blocks, num_heads,
+                            group, seqlen_q, seqlen_k, shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT,
+                            HAS_RIGHT, HAS_TAIL, HAS_TERMS, HAS_PHI, SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV,
+                            BLOCK_R, BLOCK_G, q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout,
+                            dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS, KV_STAGES, ALTERNATES, IS_VARLEN)),
                 (_sum_over_keys, (dq_desc, dpq_desc, terms, k_smem, sum_smem, ds_smem, dq_smem, dpq_smem, kv_full,
-                                  kv_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group,
-                                  slabs, seqlen_q, shift, left, right, pq_s1, pq_v2, pq_s2, HAS_LEFT, HAS_RIGHT,
-                                  HAS_TERMS, SUM_DPQ, BLOCK_D, BLOCK_SUM, BLOCK_G, k_layout, sum_layout, dq_layout,
-                                  dpq_layout, CONSUMERS, KV_STAGES, ALTERNATES)),
+                                  kv_empty, ds_full, ds_empty, starts, queue, units, pairs, heads, num_blocks,
+                                  num_heads, group, slabs, seqlen_q, shift, left, right, pq_s1, pq_v2, pq_s2, HAS_LEFT,
+                                  HAS_RIGHT, HAS_TERMS, SUM_DPQ, BLOCK_D, BLOCK_SUM, BLOCK_G, k_layout, sum_layout,
+                                  dq_layout, dpq_layout, CONSUMERS, KV_STAGES, ALTERNATES, IS_VARLEN)),
                 (produce, (q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, sum_desc, lse_ptr, delta_ptr, centring,
                            terms, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, sum_smem, lse_smem, delta_smem,
-                           kv_full, kv_empty, q_full, q_empty, units, pairs, heads, num_blocks, num_heads, group,
-                           stride_rows, seqlen_q, shift, left, right, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2,
-                           HAS_LEFT, HAS_RIGHT, HAS_TERMS, HAS_PHI, SUM_DPQ, RANK, CENTRES, STAGES, BLOCK_D, BLOCK_DV,
-                           BLOCK_R, BLOCK_G, CONSUMERS, KV_STAGES, ALTERNATES)),
+                           kv_full, kv_empty, q_full, q_empty, starts, queue, units, pairs, heads, num_blocks,
+                           num_heads, group, stride_rows, seqlen_q, shift, left, right, pq_s1, pq_v2, pq_s2, pk_s1,
+                           pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TERMS, HAS_PHI, SUM_DPQ, RANK, CENTRES, STAGES,
+                           BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, CONSUMERS, KV_STAGES, ALTERNATES, IS_VARLEN)),
             ],
             [4, 4, 4, 1],
             [REGISTERS, REGISTERS, SUM_REGISTERS, PRODUCER_REGISTERS],

@@ -241,7 +241,7 @@ class HopperOperands(Operands):
     def has_portable_gradients(self) -> bool:
         """Whether the fused backward pass lacks something that the forward pass can do."""
         is_wide = max(self.block_d, self.block_dv) > 128
-        return is_wide or self.is_varlen or self.table is not None
+        return is_wide or self.table is not None
 
     @functools.cached_property
     def columns(self) -> int:
@@ -300,7 +300,7 @@ def packed(x: Tensor, rows: int, columns: int) -> Any:
     up lies in the tensor, as does the one that all are counted from.
 
     Args:
-        x: the tokens, at most 2^30, in half precision.
+        x: the tokens, at most 2^30, in elements of two bytes or of four.
         rows: rows of a box.
         columns: columns of a box.
 
@@ -312,7 +312,7 @@ def packed(x: Tensor, rows: int, columns: int) -> Any:
     _, heads, tokens, width = x.shape
     step = x.stride(2) if tokens > 1 else ALIGNMENT
     box = (1, 1, 1, rows, columns)
-    # F steps of 2^34 elements of two bytes are 2^65 bytes, which is nothing.
+    # F steps of 2^34 elements of two bytes are 2^65 bytes, which is nothing, and of four 2^66.
     strides = (2**34 - step, step, x.stride(1), step, 1)
     made = object.__new__(TensorDescriptor)
     attributes = _described(x.dtype, (_ANY, _ANY, heads, FAR, width), strides, box, layout_of(box, x.dtype))

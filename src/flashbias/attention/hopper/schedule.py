@@ -173,10 +173,10 @@ def jagged(tokens: int, sequences: int, heads: int, rows: int, programs: int) ->
     All heads of a block come one after the other, sequence by sequence, so that what they read stays in the cache.
 
     Args:
-        tokens: queries of all sequences.
+        tokens: queries of all sequences; in the backward pass, which deals blocks of keys, keys.
         sequences: of the batch.
-        heads: query heads.
-        rows: queries of a tile.
+        heads: of queries, or of keys.
+        rows: queries, or keys, of a tile.
         programs: multiprocessors.
 
     Returns:

@@ -15,7 +15,7 @@ What it is about is handed on in groups:
 
 from flashbias.attention.hopper.configs import ROWS as _ROWS
 from flashbias.attention.hopper.configs import SLAB as _SLAB
-from flashbias.attention.hopper.gluon import gl, jit, load, mbarrier, store
+from flashbias.attention.hopper.gluon import gl, jit, load, mbarrier, reduce_add, store
 from flashbias.attention.hopper.operands import FAR as _FAR
 
 FAR = gl.constexpr(_FAR)
@@ -194,12 +194,51 @@ def store_rows(desc, b, h, row, smem, IS_VARLEN: gl.constexpr):
 
 
 @jit
+def load_factor(desc, b, f, row, full, smem, IS_VARLEN: gl.constexpr):
+    """Load rows of a factor; of a packed sequence, so that what follows it is read as zeros."""
+    if IS_VARLEN:
+        load(desc, [FAR, b, f, row, 0], full, smem)
+    else:
+        load(desc, [f, row, 0], full, smem)
+
+
+@jit
+def add_factor(desc, b, f, row, smem, IS_VARLEN: gl.constexpr):
+    """Add rows to the gradient of a factor, of a packed sequence to its own rows alone."""
+    if IS_VARLEN:
+        reduce_add(desc, [FAR, b, f, row, 0], smem)
+    else:
+        reduce_add(desc, [f, row, 0], smem)
+
+
+@jit
 def boxes(desc, count: gl.constexpr, rows: gl.constexpr, columns: gl.constexpr, IS_VARLEN: gl.constexpr):
     """Shared memory for boxes of rows of one head."""
     if IS_VARLEN:
         return gl.allocate_shared_memory(desc.dtype, [count, 1, 1, 1, rows, columns], desc.layout)
     else:
         return gl.allocate_shared_memory(desc.dtype, [count, 1, 1, rows, columns], desc.layout)
+
+
+@jit
+def factor_boxes(desc, count: gl.constexpr, rows: gl.constexpr, columns: gl.constexpr, IS_VARLEN: gl.constexpr):
+    """Shared memory for boxes of rows of a factor."""
+    if IS_VARLEN:
+        return gl.allocate_shared_memory(desc.dtype, [count, 1, 1, 1, rows, columns], desc.layout)
+    else:
+        return gl.allocate_shared_memory(desc.dtype, [count, 1, rows, columns], desc.layout)
+
+
+@jit
+def unit_slots(listeners: gl.constexpr):
+    """Two slots of shared memory in which units are told, and barriers for what has been told and heard."""
+    unit_smem = gl.allocate_shared_memory(gl.int32, [2, LANES], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    told = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    heard = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(2):
+        mbarrier.init(told.index(slot), count=1)
+        mbarrier.init(heard.index(slot), count=listeners)
+    return unit_smem, told, heard
 
 
 @jit

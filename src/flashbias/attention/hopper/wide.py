@@ -15,18 +15,30 @@ from flashbias.attention.hopper.gluon import (
     jit,
     mbarrier,
     reduce_add,
-    store,
     store_wait,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from flashbias.attention.hopper.tiles import ROWS, SLAB, own_index, query_tiles, turns_of, unit_of
+from flashbias.attention.hopper.tiles import (
+    ROWS,
+    SLAB,
+    add_factor,
+    boxes,
+    factor_boxes,
+    own_index,
+    query_tiles,
+    store_rows,
+    turns_of,
+    unit_of,
+    unit_slots,
+)
 from flashbias.attention.hopper.walks import (
     LINE,
-    key_tile_of,
+    place_of_keys,
     produce,
     seen_tiles,
     shown_keys,
+    told_unit,
     turn_of,
     turned_tile,
     weights,
@@ -56,7 +68,7 @@ def _issue_scores(
 
 @jit
 def _walk(
-    w: gl.constexpr, dk, dv, dphi, step, first, count, turned, f_q, bh, slabs, start_n, shown, k, v, pk, q_smem,
+    w: gl.constexpr, dk, dv, dphi, step, first, count, turned, slab_q, slab, start_n, shown, k, v, pk, q_smem,
     k_smem, do_smem, pq_smem, sum_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, q_full, q_empty, ds_full,
     ds_empty, dq_desc, dpq_desc, seqlen_k, shift, left, right, qk_scale, IS_EDGE: gl.constexpr, HAS_TAIL: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_TERMS: gl.constexpr, HAS_PHI: gl.constexpr,
@@ -135,10 +147,10 @@ def _walk(
         mbarrier.arrive(ds_empty.index(half))
         dq_smem.index(w)._reinterpret(gl.float32, [SLAB, DQ_COLUMNS], dq_layout).store(dq)
         fence_async_shared()
-        slab = (bh * slabs + tile) * CONSUMERS + w
-        reduce_add(dq_desc, [slab * (SLAB * DQ_COLUMNS // LINE), 0], dq_smem.index(w))
+        part = (slab + tile) * CONSUMERS + w
+        reduce_add(dq_desc, [part * (SLAB * DQ_COLUMNS // LINE), 0], dq_smem.index(w))
         if OWN_DPQ:
-            reduce_add(dpq_desc, [(f_q * slabs + tile) * (SLAB * BLOCK_G // LINE), 0], dpq_smem)
+            reduce_add(dpq_desc, [(slab_q + tile) * (SLAB * BLOCK_G // LINE), 0], dpq_smem)
         step += 1
     return dk, dv, dphi, step
 
@@ -147,14 +159,15 @@ def _walk(
 def _consume(
     w: gl.constexpr, dq_desc, dk_desc, dv_desc, dpq_desc, dpk_desc, terms, q_smem, k_smem, v_smem, do_smem, pq_smem,
     pk_smem, sum_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty,
-    ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, slabs, seqlen_q, seqlen_k, shift, left,
-    right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
-    HAS_TAIL: gl.constexpr, HAS_TERMS: gl.constexpr, HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr,
-    SUM_DPK: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr,
-    BLOCK_SUM: gl.constexpr, BLOCK_G: gl.constexpr, q_layout: gl.constexpr, k_layout: gl.constexpr,
-    v_layout: gl.constexpr, do_layout: gl.constexpr, pq_layout: gl.constexpr, pk_layout: gl.constexpr,
-    sum_layout: gl.constexpr, dq_layout: gl.constexpr, dpq_layout: gl.constexpr, dpk_layout: gl.constexpr,
-    DQ_COLUMNS: gl.constexpr, CONSUMERS: gl.constexpr, ALTERNATES: gl.constexpr,
+    ds_full, ds_empty, starts, queue, units, pairs, heads, num_blocks, num_heads, group, slabs, seqlen_q, seqlen_k,
+    shift, left, right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr, HAS_TAIL: gl.constexpr, HAS_TERMS: gl.constexpr, HAS_PHI: gl.constexpr,
+    SUM_DPQ: gl.constexpr, SUM_DPK: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
+    BLOCK_R: gl.constexpr, BLOCK_SUM: gl.constexpr, BLOCK_G: gl.constexpr, q_layout: gl.constexpr,
+    k_layout: gl.constexpr, v_layout: gl.constexpr, do_layout: gl.constexpr, pq_layout: gl.constexpr,
+    pk_layout: gl.constexpr, sum_layout: gl.constexpr, dq_layout: gl.constexpr, dpq_layout: gl.constexpr,
+    dpk_layout: gl.constexpr, DQ_COLUMNS: gl.constexpr, CONSUMERS: gl.constexpr, ALTERNATES: gl.constexpr,
+    IS_VARLEN: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup w: 64 keys of every tile."""
     BLOCK_N: gl.constexpr = ROWS * CONSUMERS
@@ -166,13 +179,23 @@ def _consume(
     pk = k
     if HAS_PHI:
         pk = pk_smem.index(w)._reinterpret(pk_smem.dtype, [ROWS, BLOCK_R], pk_layout)
+    turn = 0
     step = 0
-    for turn in range(turns_of(units, ALTERNATES)):
-        b, hk, block = key_tile_of(
-            unit_of(turn, ALTERNATES), num_blocks, pairs, heads, num_heads // group, HAS_LEFT or HAS_RIGHT
-        )
+    unit = 0
+    walk = (-1, 0)
+    turns = turns_of(units, ALTERNATES)
+    if IS_VARLEN:
+        unit, walk, turns = told_unit(0, walk, starts, queue, pairs, num_heads // group, BLOCK_N)
+    while turn < turns:
+        if not IS_VARLEN:
+            unit = unit_of(turn, ALTERNATES)
+        b, hk, block, blocks, queries, keys, diagonal, first_slab = place_of_keys(
+            unit, walk, starts, num_blocks, pairs, heads, num_heads // group, seqlen_q, seqlen_k, shift, IS_VARLEN,
+            HAS_LEFT or HAS_RIGHT, BLOCK_N,
+        )  # fmt: skip
         start_n = block * BLOCK_N
-        tiles = query_tiles(start_n, seqlen_q, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
+        own_k = keys[1]
+        tiles = query_tiles(start_n, queries[1], diagonal, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
         dk = gl.zeros([ROWS, BLOCK_D], gl.float32, dk_layout)
         dv = gl.zeros([ROWS, BLOCK_DV], gl.float32, dv_layout)
         dphi = gl.zeros([ROWS, BLOCK_G], gl.float32, dphi_layout)
@@ -181,8 +204,8 @@ def _consume(
         for g in range(group):
             bh = b * num_heads + hk * group + g
             f_q = own_index(bh, pq_s1, pq_v2, pq_s2)
-            lo, full_lo, full_hi, hi = seen_tiles(tiles, terms, bh, block, num_blocks, HAS_TERMS)
-            shown = shown_keys(terms, bh, start_n + w * ROWS, num_blocks * BLOCK_N, HAS_TERMS)
+            lo, full_lo, full_hi, hi = seen_tiles(tiles, terms, bh, block, blocks, HAS_TERMS)
+            shown = shown_keys(terms, bh, start_n + w * ROWS, blocks * BLOCK_N, HAS_TERMS)
             for part in gl.static_range(3):
                 if part == 0:
                     first = lo
@@ -195,10 +218,10 @@ def _consume(
                     count = hi - full_hi
                 if part == 1 or (part == 0 and HAS_RIGHT) or (part == 2 and HAS_LEFT):
                     dk, dv, dphi, step = _walk(
-                        w, dk, dv, dphi, step, first, count, turn_of(block, num_blocks, count, HAS_LEFT or HAS_RIGHT),
-                        f_q, bh, slabs, start_n, shown, k, v, pk, q_smem, k_smem, do_smem, pq_smem, sum_smem,
-                        ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, q_full, q_empty, ds_full, ds_empty, dq_desc,
-                        dpq_desc, seqlen_k, shift, left, right, scale * LOG2E,
+                        w, dk, dv, dphi, step, first, count, turn_of(block, blocks, count, HAS_LEFT or HAS_RIGHT),
+                        f_q * slabs + first_slab, bh * slabs + first_slab, start_n, shown, k, v, pk, q_smem, k_smem,
+                        do_smem, pq_smem, sum_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, q_full, q_empty,
+                        ds_full, ds_empty, dq_desc, dpq_desc, own_k, diagonal, left, right, scale * LOG2E,
                         part != 1, HAS_TAIL, HAS_LEFT, HAS_RIGHT, HAS_TERMS, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_D,
                         BLOCK_DV, BLOCK_R, BLOCK_SUM, BLOCK_G, q_layout, k_layout, do_layout, pq_layout, sum_layout,
                         dq_layout, dpq_layout, DQ_COLUMNS, CONSUMERS,
@@ -213,13 +236,18 @@ def _consume(
             own = dpk_smem.index(w)
             own._reinterpret(gl.float32, [ROWS, BLOCK_G], dpk_layout).store(dphi * scale)
         fence_async_shared()
-        store(dk_desc, [b, hk, start_n + w * ROWS, 0], k_smem.index(w))
-        store(dv_desc, [b, hk, start_n + w * ROWS, 0], v_smem.index(w))
+        b_k = keys[2]
+        row_k = keys[3]
+        store_rows(dk_desc, b_k, hk, row_k + start_n + w * ROWS, k_smem.index(w), IS_VARLEN)
+        store_rows(dv_desc, b_k, hk, row_k + start_n + w * ROWS, v_smem.index(w), IS_VARLEN)
         if SUM_DPK:
             f_k = own_index(b * num_heads + hk * group, pk_s1, pk_v2, pk_s2)
-            reduce_add(dpk_desc, [f_k, start_n + w * ROWS, 0], dpk_smem.index(w))
+            add_factor(dpk_desc, b_k, f_k, row_k + start_n + w * ROWS, dpk_smem.index(w), IS_VARLEN)
         store_wait(0)
         mbarrier.arrive(kv_empty.index(0))
+        turn += 1
+        if IS_VARLEN:
+            unit, walk, turns = told_unit(turn, walk, starts, queue, pairs, num_heads // group, BLOCK_N)
 
 
 @jit(
@@ -233,27 +261,28 @@ def _bwd_wide_kernel(
     q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, sum_desc, lse_ptr, delta_ptr, phi_q_ptr, centre_ptr, dq_desc,
     dk_desc, dv_desc, dpq_desc, dpk_desc, units, pairs, heads, num_blocks, num_heads, group, slabs, stride_rows,
     seqlen_q, seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, stride_pf, stride_pn,
-    stride_pr, stride_c, references, terms_ptr, most_ptr, mask_s1, mask_v2, mask_s2,
+    stride_pr, stride_c, references, terms_ptr, most_ptr, mask_s1, mask_v2, mask_s2, cu_q_ptr, cu_k_ptr, counter_ptr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_TAIL: gl.constexpr, HAS_TERMS: gl.constexpr,
     HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr, SUM_DPK: gl.constexpr, RANK: gl.constexpr, STAGES: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr,
-    DQ_COLUMNS: gl.constexpr, CONSUMERS: gl.constexpr, ALTERNATES: gl.constexpr, REGISTERS: gl.constexpr,
-    PRODUCER_REGISTERS: gl.constexpr, q_layout: gl.constexpr, k_layout: gl.constexpr, v_layout: gl.constexpr,
-    do_layout: gl.constexpr, pq_layout: gl.constexpr, pk_layout: gl.constexpr, sum_layout: gl.constexpr,
-    ds_layout: gl.constexpr, dq_layout: gl.constexpr, dpq_layout: gl.constexpr, dpk_layout: gl.constexpr,
+    DQ_COLUMNS: gl.constexpr, CONSUMERS: gl.constexpr, ALTERNATES: gl.constexpr, IS_VARLEN: gl.constexpr,
+    REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, q_layout: gl.constexpr, k_layout: gl.constexpr,
+    v_layout: gl.constexpr, do_layout: gl.constexpr, pq_layout: gl.constexpr, pk_layout: gl.constexpr,
+    sum_layout: gl.constexpr, ds_layout: gl.constexpr, dq_layout: gl.constexpr, dpq_layout: gl.constexpr,
+    dpk_layout: gl.constexpr,
 ):  # fmt: skip
     """All gradients; a program takes every so-manieth tile of 128 keys of one (batch, head of keys)."""
     # A thread reads 16 bytes at a time of what its columns need.
     rows_layout: gl.constexpr = gl.SharedLinearLayout(offset_bases=[[1], [8], [2], [4], [16], [32]])
-    k_smem = gl.allocate_shared_memory(k_desc.dtype, [CONSUMERS, 1, 1, ROWS, BLOCK_D], k_desc.layout)
-    v_smem = gl.allocate_shared_memory(v_desc.dtype, [CONSUMERS, 1, 1, ROWS, BLOCK_DV], v_desc.layout)
-    q_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, SLAB, BLOCK_D], q_desc.layout)
-    do_smem = gl.allocate_shared_memory(do_desc.dtype, [STAGES, 1, 1, SLAB, BLOCK_DV], do_desc.layout)
+    k_smem = boxes(k_desc, CONSUMERS, ROWS, BLOCK_D, IS_VARLEN)
+    v_smem = boxes(v_desc, CONSUMERS, ROWS, BLOCK_DV, IS_VARLEN)
+    q_smem = boxes(q_desc, STAGES, SLAB, BLOCK_D, IS_VARLEN)
+    do_smem = boxes(do_desc, STAGES, SLAB, BLOCK_DV, IS_VARLEN)
     pq_smem = q_smem
     pk_smem = k_smem
     if HAS_PHI:
-        pq_smem = gl.allocate_shared_memory(pq_desc.dtype, [STAGES, 1, SLAB, BLOCK_R], pq_desc.layout)
-        pk_smem = gl.allocate_shared_memory(pk_desc.dtype, [CONSUMERS, 1, ROWS, BLOCK_R], pk_desc.layout)
+        pq_smem = factor_boxes(pq_desc, STAGES, SLAB, BLOCK_R, IS_VARLEN)
+        pk_smem = factor_boxes(pk_desc, CONSUMERS, ROWS, BLOCK_R, IS_VARLEN)
     # What dphi_q is the sum of: the factors themselves, or what goes with centres by tile.
     BLOCK_SUM: gl.constexpr = BLOCK_R if RANK == 0 else BLOCK_G
     sum_smem = pk_smem
@@ -266,7 +295,7 @@ def _bwd_wide_kernel(
     if SUM_DPQ:
         dpq_smem = gl.allocate_shared_memory(gl.float32, [SLAB * BLOCK_G // LINE, LINE], dpq_desc.layout)
     if SUM_DPK:
-        dpk_smem = gl.allocate_shared_memory(gl.float32, [CONSUMERS, 1, ROWS, BLOCK_G], dpk_desc.layout)
+        dpk_smem = factor_boxes(dpk_desc, CONSUMERS, ROWS, BLOCK_G, IS_VARLEN)
     lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, SLAB], rows_layout)
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, SLAB], rows_layout)
     kv_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
@@ -283,6 +312,11 @@ def _bwd_wide_kernel(
     for stage in gl.static_range(STAGES):
         mbarrier.init(q_full.index(stage), count=2)
         mbarrier.init(q_empty.index(stage), count=CONSUMERS)
+    starts = (cu_k_ptr, cu_q_ptr)
+    queue = ()
+    if IS_VARLEN:
+        unit_smem, told, heard = unit_slots(CONSUMERS)
+        queue = (counter_ptr, unit_smem, told, heard)
     fence_async_shared()
     owners_q = (pq_s1, pq_v2, pq_s2)
     owners_k = (pk_s1, pk_v2, pk_s2)
@@ -293,24 +327,26 @@ def _bwd_wide_kernel(
         [
             (_consume, (0, dq_desc, dk_desc, dv_desc, dpq_desc, dpk_desc, terms, q_smem, k_smem, v_smem, do_smem,
                         pq_smem, pk_smem, sum_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, dpk_smem, kv_full,
-                        kv_empty, q_full, q_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group,
-                        slabs, seqlen_q, seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2,
-                        HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_TERMS, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_D, BLOCK_DV,
-                        BLOCK_R, BLOCK_SUM, BLOCK_G, q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout,
-                        sum_layout, dq_layout, dpq_layout, dpk_layout, DQ_COLUMNS, CONSUMERS, ALTERNATES)),
+                        kv_empty, q_full, q_empty, ds_full, ds_empty, starts, queue, units, pairs, heads, num_blocks,
+                        num_heads, group, slabs, seqlen_q, seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2,
+                        pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_TERMS, HAS_PHI, SUM_DPQ, SUM_DPK,
+                        STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_SUM, BLOCK_G, q_layout, k_layout, v_layout,
+                        do_layout, pq_layout, pk_layout, sum_layout, dq_layout, dpq_layout, dpk_layout, DQ_COLUMNS,
+                        CONSUMERS, ALTERNATES, IS_VARLEN)),
             (_consume, (1, dq_desc, dk_desc, dv_desc, dpq_desc, dpk_desc, terms, q_smem, k_smem, v_smem, do_smem,
                         pq_smem, pk_smem, sum_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, dpk_smem, kv_full,
-                        kv_empty, q_full, q_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group,
-                        slabs, seqlen_q, seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2,
-                        HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_TERMS, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_D, BLOCK_DV,
-                        BLOCK_R, BLOCK_SUM, BLOCK_G, q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout,
-                        sum_layout, dq_layout, dpq_layout, dpk_layout, DQ_COLUMNS, CONSUMERS, ALTERNATES)),
+                        kv_empty, q_full, q_empty, ds_full, ds_empty, starts, queue, units, pairs, heads, num_blocks,
+                        num_heads, group, slabs, seqlen_q, seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2,
+                        pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_TERMS, HAS_PHI, SUM_DPQ, SUM_DPK,
+                        STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_SUM, BLOCK_G, q_layout, k_layout, v_layout,
+                        do_layout, pq_layout, pk_layout, sum_layout, dq_layout, dpq_layout, dpk_layout, DQ_COLUMNS,
+                        CONSUMERS, ALTERNATES, IS_VARLEN)),
             (produce, (q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, sum_desc, lse_ptr, delta_ptr, centring,
                        terms, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, sum_smem, lse_smem, delta_smem,
-                       kv_full, kv_empty, q_full, q_empty, units, pairs, heads, num_blocks, num_heads, group,
-                       stride_rows, seqlen_q, shift, left, right, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT,
-                       HAS_RIGHT, HAS_TERMS, HAS_PHI, SUM_DPQ, RANK, 1, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G,
-                       CONSUMERS, 1, ALTERNATES)),
+                       kv_full, kv_empty, q_full, q_empty, starts, queue, units, pairs, heads, num_blocks, num_heads,
+                       group, stride_rows, seqlen_q, shift, left, right, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2,
+                       HAS_LEFT, HAS_RIGHT, HAS_TERMS, HAS_PHI, SUM_DPQ, RANK, 1, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R,
+                       BLOCK_G, CONSUMERS, 1, ALTERNATES, IS_VARLEN)),
         ],
         [4, 1],
         [REGISTERS, PRODUCER_REGISTERS],
