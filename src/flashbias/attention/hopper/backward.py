@@ -2,9 +2,9 @@
 
 The fused kernel adds parts of dq, dphi_q and dphi_k in an order that varies: fast, and not repeatable to the bit.
 Wide factors that many (batch, head) pairs share get their gradients from a kernel of its own (`triton/shared.py`).
-What it does not do goes to the portable kernels: tables, short windows, which one tile
-holds, factors that grouped heads do not share, gradients of factors beside float16 queries, whose precision bfloat16
-operands lack, and beside centres by tile those of a phi_q that is shared by heads with different phi_k.
+What it does not do goes to the portable kernels: tables, short windows, which one tile holds, factors that grouped
+heads do not share, gradients of factors beside float16 queries, whose precision bfloat16 operands lack, and beside
+centres by tile those of a phi_q that is shared by heads with different phi_k.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false
