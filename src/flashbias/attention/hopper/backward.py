@@ -1,13 +1,15 @@
 """Backward pass for Hopper: prepares rows and buffers, launches the fused kernel, brings sums to the gradients' dtypes.
 
-The fused kernel adds parts of dq, dphi_q and dphi_k in an order that varies: fast, and not repeatable to the bit.
-Wide factors that many (batch, head) pairs share get their gradients from a kernel of its own (`triton/shared.py`).
+The fused kernel adds parts of dq, dphi_q and dphi_k in an order that varies, or in one order: then it is repeatable to
+the bit, and somewhat slower (`order.py`). Wide factors that many (batch, head) pairs share get their gradients from a kernel of its own (`triton/shared.py`), which has no
+order.
 What it does not do goes to the portable kernels: tables and masks of the caller's own, short windows, which one tile
 holds, factors that grouped heads do not share, gradients of factors beside float16 queries, whose precision bfloat16
 operands lack, and beside centres by tile those of a phi_q that is shared by heads with different phi_k.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false
+import math
 from typing import Any
 
 import torch
@@ -26,9 +28,9 @@ from flashbias.attention.hopper.operands import (
     matrix,
     or_nothing,
 )
-from flashbias.attention.hopper.schedule import Band, Schedule, banded
+from flashbias.attention.hopper.schedule import Band, Schedule, banded, ordered
 from flashbias.attention.hopper.wide import _bwd_wide_kernel
-from flashbias.attention.layout import cdiv
+from flashbias.attention.layout import Sharing, cdiv
 from flashbias.attention.triton import backward as portable
 from flashbias.attention.triton import shared, window
 from flashbias.attention.triton.assembler import soundly_assembled
@@ -53,17 +55,18 @@ def launch(
     lse: Tensor,
     needs_grad: tuple[bool, ...],
     *arguments: Any,
+    repeatable: bool = False,
 ) -> None:
-    """Fill the gradients that are needed; arguments as in the portable `launch`."""
+    """Fill the gradients that are needed; arguments as in the portable `launch`, and whether to add in one order."""
     ops = HopperOperands.of(*arguments)
-    config = chosen(ops, needs_grad)
+    config = chosen(ops, needs_grad, repeatable)
     if config is None:
         portable.launch_as(ops.portable(), grads, dout, dlse, out, lse, needs_grad)
     else:
-        launch_as(config, ops, grads, dout, dlse, out, lse, needs_grad)
+        launch_as(config, ops, grads, dout, dlse, out, lse, needs_grad, repeatable)
 
 
-def chosen(ops: HopperOperands, needs_grad: tuple[bool, ...]) -> BackwardConfig | None:
+def chosen(ops: HopperOperands, needs_grad: tuple[bool, ...], repeatable: bool = False) -> BackwardConfig | None:
     """The fused kernel's tile shape, or None where the portable kernels do the call."""
     needs_phi = needs_grad[3] or needs_grad[4]
     apart = ops.rank > 0 and not _is_one_for_each_group(ops)
@@ -74,7 +77,7 @@ def chosen(ops: HopperOperands, needs_grad: tuple[bool, ...]) -> BackwardConfig 
     if needs_grad[3] and ops.is_tile_centred and not is_summable(ops):
         return None
     block_g = columns_of(ops.rank) if needs_phi and not are_summed_apart(ops) else 0
-    if is_slower(ops, block_g):
+    if is_slower(ops, block_g) or (repeatable and needs_phi and not is_ordered(ops, block_g)):
         return None
     return backward_config(ops.block_d, ops.block_dv, ops.columns, block_g, ops.is_tile_centred)
 
@@ -82,6 +85,15 @@ def chosen(ops: HopperOperands, needs_grad: tuple[bool, ...]) -> BackwardConfig 
 def is_summable(ops: HopperOperands) -> bool:
     """Whether dphi_q can be summed from one centre: its columns fit, and heads that share phi_q share phi_k."""
     return 2 * ops.rank < NARROWEST and (ops.sharing_k.groups == 1 or ops.sharing_q == ops.sharing_k)
+
+
+def is_ordered(ops: HopperOperands, block_g: int) -> bool:
+    """Whether the factors' gradients can be summed in one order: each pair has room for those of a factor it shares.
+
+    That room is as large as the sums of dq where the gradients have as many columns.
+    """
+    is_shared = ops.sharing_q.members > 1 or ops.sharing_k.members > ops.group
+    return not are_summed_apart(ops) and (block_g <= ops.block_d or not is_shared)
 
 
 def are_summed_apart(ops: HopperOperands) -> bool:
@@ -112,6 +124,7 @@ def launch_as(
     out: Tensor | None,
     lse: Tensor,
     needs_grad: tuple[bool, ...],
+    repeatable: bool = False,
 ) -> None:
     """Launch the fused kernel with a given tile shape."""
     need_phi_q, need_phi_k = needs_grad[3:5]
@@ -125,11 +138,18 @@ def launch_as(
     block_g = columns_of(max(rank, 1))
     apart = are_summed_apart(ops)
     sum_q = _sums(factors.phi_q, block_g) if factors is not None and need_phi_q and apart else None
-    sum_k = _sums(factors.phi_k, block_g) if factors is not None and need_phi_k else None
+    sum_k = _sums(factors.phi_k, block_g) if factors is not None and need_phi_k and not repeatable else None
     dpq = None
     if factors is not None and need_phi_q and not apart:
-        dpq = slabs.zeros(factors.phi_q.shape[0], lse2.shape[-1], block_g, block_g, ops.q.device)
+        owners = dq.shape[0] if repeatable else factors.phi_q.shape[0]
+        dpq = slabs.zeros(owners, lse2.shape[-1], block_g, block_g, ops.q.device)
     dpk = None if apart else sum_k
+    tickets = None
+    if repeatable:
+        # The first one counts the units that have been drawn.
+        tickets = torch.zeros(1 + math.prod(dq.shape[:3]), dtype=torch.int32, device=dq.device)
+        if factors is not None and need_phi_k:
+            dpk = dq.new_empty(ops.batch * (ops.num_heads // ops.group), ops.seqlen_k, block_g)
 
     q, do = descriptor(ops.q, SLAB, ops.block_d), descriptor(dout, SLAB, ops.block_dv)
     k, v = descriptor(ops.k, ROWS, ops.block_d), descriptor(ops.v, ROWS, ops.block_dv)
@@ -142,7 +162,7 @@ def launch_as(
     dq_box = slabs.box_of(dq)
     dpq_box = dq_box if dpq is None else slabs.box_of(dpq)
     dpk_box = dq_box if dpk is None else descriptor(dpk, ROWS, block_g)
-    schedule, blocks, pairs = schedule_of(config, ops)
+    schedule, blocks, pairs = schedule_of(config, ops, repeatable)
     kernel, own = _bwd_wide_kernel, {"DQ_COLUMNS": dq_columns}
     if not config.is_wide:
         own = {
@@ -152,8 +172,8 @@ def launch_as(
         kernel = _bwd_kernel
     centring = or_nothing(lse2, ops.centring.phi_q, ops.centring.centres)
     start(
-        kernel, (schedule.programs,), q, k, v, do, pq, pk, sum_box, lse2, delta, *centring, dq_box,
-        descriptor(dk, ROWS, ops.block_d), descriptor(dv, ROWS, ops.block_dv), dpq_box, dpk_box,
+        kernel, (schedule.programs,), q, k, v, do, pq, pk, sum_box, lse2, delta, *centring, tickets,
+        dq_box, descriptor(dk, ROWS, ops.block_d), descriptor(dv, ROWS, ops.block_dv), dpq_box, dpk_box,
         schedule.units, pairs, schedule.heads, blocks, ops.num_heads, ops.group, dq.shape[1], lse2.shape[-1],
         ops.seqlen_q, ops.seqlen_k, ops.shift, ops.window_left, ops.window_right, ops.scale, *ops.sharing_q.sizes,
         *ops.sharing_k.sizes, *ops.centring.sizes,
@@ -171,13 +191,14 @@ def launch_as(
         BLOCK_G=block_g,
         CONSUMERS=config.consumers,
         ALTERNATES=schedule.alternates,
+        REPEATABLE=repeatable,
         REGISTERS=config.registers,
         PRODUCER_REGISTERS=config.producer_registers,
         q_layout=matrix(q), k_layout=matrix(k), v_layout=matrix(v), do_layout=matrix(do), pq_layout=matrix(pq),
         pk_layout=matrix(pk), sum_layout=matrix(sum_box), ds_layout=layout_of((ROWS, SLAB), ops.q.dtype),
         dq_layout=slabs.order_of(dq_columns),
         dpq_layout=slabs.order_of(block_g), dpk_layout=matrix(dpk_box),
-        kind=(config, ops.shape, ops.q.dtype, schedule.alternates, block_g, dpq is None, dpk is None),
+        kind=(config, ops.shape, ops.q.dtype, schedule.alternates, block_g, dpq is None, dpk is None, repeatable),
         num_warps=4,
         maxnreg=config.maxnreg,
         **own,
@@ -189,6 +210,10 @@ def launch_as(
             ops.flat(grad).copy_(made)
     if apart and factors is not None and (need_phi_q or need_phi_k):
         shared.launch(ops, (factors.phi_q, factors.phi_k), (sum_q, sum_k), dout, lse2, delta)
+    if dpq is not None and repeatable:
+        dpq = _over_members(dpq, ops.sharing_q, 1)
+    if dpk is not None and repeatable:
+        sum_k = _over_members(dpk, ops.sharing_k, ops.group)
     if dpq is not None:
         _unfold_dphi_q(ops, dpq, summable, grads[3].view(1, dpq.shape[0], -1, rank))
     for grad, sums in ((grads[3], sum_q), (grads[4], sum_k)):
@@ -206,7 +231,25 @@ def _unfold_dphi_q(ops: HopperOperands, sums: Tensor, summable: Summable | None,
     grad.copy_(summable.gradient(columns, ops.centring.references(ops.seqlen_q)))
 
 
-def schedule_of(config: BackwardConfig, ops: HopperOperands) -> tuple[Schedule, int, int]:
+def _over_members(sums: Tensor, sharing: Sharing, group: int) -> Tensor:
+    """Sum what all pairs have made of a factor that they share, in an order that torch does not vary.
+
+    Args:
+        sums: of each pair, `[B * H / group, ...]`.
+        sharing: which heads of queries share the factor; those of a group do.
+        group: heads of queries of a pair.
+
+    Returns:
+        `[groups of the factor, ...]`.
+    """
+    if sharing.members == group:
+        return sums
+    s1, v2, s2 = sharing.sizes
+    s1, s2 = (s1, s2 // group) if s2 % group == 0 else (s1 // group, s2)
+    return sums.view(-1, s1, v2, s2, *sums.shape[1:]).sum((1, 3)).flatten(0, 1)
+
+
+def schedule_of(config: BackwardConfig, ops: HopperOperands, repeatable: bool = False) -> tuple[Schedule, int, int]:
     """Deal the tiles of keys to the multiprocessors.
 
     Returns:
@@ -215,12 +258,14 @@ def schedule_of(config: BackwardConfig, ops: HopperOperands) -> tuple[Schedule, 
     block_n = ROWS * config.consumers
     blocks, pairs = cdiv(ops.seqlen_k, block_n), ops.batch * (ops.num_heads // ops.group)
     programs = multiprocessors(ops.q.device)
+    pair_bytes = ops.group * ops.seqlen_q * (ops.head_dim + ops.head_dim_v) * ops.q.element_size()
+    if repeatable:
+        return ordered(blocks, pairs, pair_bytes, programs), blocks, pairs
     if ops.window_left < 0 and ops.window_right < 0:
         units = blocks * pairs
         return Schedule(min(units, programs), units, units), blocks, pairs
     # Keys see queries as queries see keys, with sides exchanged.
     band = Band(-ops.shift, ops.window_right, ops.window_left)
-    pair_bytes = ops.group * ops.seqlen_q * (ops.head_dim + ops.head_dim_v) * ops.q.element_size()
     schedule = banded(blocks, pairs, block_n, SLAB, ops.seqlen_q, band, pair_bytes, 1, programs, last_first=False)
     return schedule, blocks, pairs
 

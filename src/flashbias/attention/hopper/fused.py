@@ -30,9 +30,10 @@ from flashbias.attention.hopper.gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from flashbias.attention.hopper.order import await_turn, hand_over, hear, turn_at, unit_slots
 from flashbias.attention.hopper.scores import CENTRE_TILE
 from flashbias.attention.hopper.tiles import ROWS, SLAB, own_index, query_tiles, turns_of, unit_of
-from flashbias.attention.hopper.walks import LINE, key_tile_of, produce, turn_of, turned_tile, weights
+from flashbias.attention.hopper.walks import LINE, key_tile_of, produce, tile_at, turn_of, weights
 from flashbias.attention.triton.scores import LOG2E
 
 
@@ -43,7 +44,7 @@ def _walk(
     IS_EDGE: gl.constexpr, HAS_TAIL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
     HAS_PHI: gl.constexpr, SUM_DPK: gl.constexpr, CENTRES: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr,
     BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr, q_layout: gl.constexpr,
-    do_layout: gl.constexpr, pq_layout: gl.constexpr, CONSUMERS: gl.constexpr,
+    do_layout: gl.constexpr, pq_layout: gl.constexpr, CONSUMERS: gl.constexpr, REPEATABLE: gl.constexpr,
 ):  # fmt: skip
     """Walk over `count` tiles of queries from `first`, the one `turned` steps in at first."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SLAB, 16])
@@ -53,7 +54,7 @@ def _walk(
     for n in range(count):
         stage = step % STAGES
         half = step & 1
-        start_m = turned_tile(first, n, count, turned) * SLAB
+        start_m = tile_at(first, n, count, turned, REPEATABLE) * SLAB
         mbarrier.wait(q_full.index(stage), (step // STAGES) & 1)
         q = q_smem.index(stage)._reinterpret(q_smem.dtype, [SLAB, BLOCK_D], q_layout)
         do = do_smem.index(stage)._reinterpret(do_smem.dtype, [SLAB, BLOCK_DV], do_layout)
@@ -107,33 +108,47 @@ def _sit_out(w: gl.constexpr, n, step, ds_smem, q_full, q_empty, ds_full, ds_emp
 
 @jit
 def _sum_over_keys(
-    dq_desc, dpq_desc, k_smem, sum_smem, ds_smem, dq_smem, dpq_smem, kv_full, kv_empty, ds_full, ds_empty, units, pairs,
-    heads, num_blocks, num_heads, group, slabs, seqlen_q, shift, left, right, pq_s1, pq_v2, pq_s2,
+    dq_desc, dpq_desc, k_smem, sum_smem, ds_smem, dq_smem, dpq_smem, kv_full, kv_empty, ds_full, ds_empty, queue, units,
+    pairs, heads, num_blocks, num_heads, group, slabs, seqlen_q, shift, left, right, pq_s1, pq_v2, pq_s2,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SUM_DPQ: gl.constexpr, BLOCK_D: gl.constexpr,
     BLOCK_SUM: gl.constexpr, BLOCK_G: gl.constexpr, k_layout: gl.constexpr, sum_layout: gl.constexpr,
     dq_layout: gl.constexpr, dpq_layout: gl.constexpr, CONSUMERS: gl.constexpr, KV_STAGES: gl.constexpr,
-    ALTERNATES: gl.constexpr,
+    ALTERNATES: gl.constexpr, REPEATABLE: gl.constexpr,
 ):  # fmt: skip
     """The last warpgroup: dq and dphi_q of each step, over the keys of all others."""
     BLOCK_N: gl.constexpr = ROWS * CONSUMERS
     dq_of_step: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     dphi_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_G, 16])
+    turn = 0
     step = 0
-    for turn in range(turns_of(units, ALTERNATES)):
+    unit = 0
+    turns = turns_of(units, ALTERNATES)
+    if REPEATABLE:
+        unit, turns = hear(0, queue)
+        # The ticket of the slab that was added to last, and whose turn is next there; 0: it has been told.
+        place = queue[0]
+        next_turn = 0
+    while turn < turns:
+        if not REPEATABLE:
+            unit = unit_of(turn, ALTERNATES)
         b, hk, block = key_tile_of(
-            unit_of(turn, ALTERNATES), num_blocks, pairs, heads, num_heads // group, HAS_LEFT or HAS_RIGHT
+            unit, num_blocks, pairs, heads, num_heads // group, HAS_LEFT or HAS_RIGHT or REPEATABLE
         )
         lo, _, _, hi = query_tiles(block * BLOCK_N, seqlen_q, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
         # Without steps it would run ahead otherwise, and free keys that nobody has read.
+        _, _, _, end_before = query_tiles(
+            (block - 1) * BLOCK_N, seqlen_q, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N
+        )
         slot = turn % KV_STAGES
         mbarrier.wait(kv_full.index(slot), (turn // KV_STAGES) & 1)
         keys = slot * CONSUMERS
         for g in range(group):
             bh = b * num_heads + hk * group + g
-            f_q = own_index(bh, pq_s1, pq_v2, pq_s2)
+            # Factors that several pairs share get a sum from each of them.
+            f_q = bh if REPEATABLE else own_index(bh, pq_s1, pq_v2, pq_s2)
             turned = turn_of(block, num_blocks, hi - lo, HAS_LEFT or HAS_RIGHT)
             for n in range(hi - lo):
-                row = turned_tile(lo, n, hi - lo, turned)
+                row = tile_at(lo, n, hi - lo, turned, REPEATABLE)
                 half = step & 1
                 mbarrier.wait(ds_full.index(half), (step >> 1) & 1)
                 dq = gl.zeros([SLAB, BLOCK_D], gl.float32, dq_of_step)
@@ -147,6 +162,13 @@ def _sum_over_keys(
                         pk = sum_smem.index(keys + c)._reinterpret(sum_smem.dtype, [ROWS, BLOCK_SUM], sum_layout)
                         ds = ds_smem.index(half * CONSUMERS + c).permute((1, 0))
                         dpq = warpgroup_mma(ds, pk.slice(0, BLOCK_G, dim=1), dpq, use_acc=c > 0, is_async=True)
+                if REPEATABLE:
+                    # While they are in flight: what was added a step ago is done by now, and the next block's turn.
+                    hand_over(place, next_turn)
+                    place = queue[0] + 1 + bh * slabs + row
+                    next_turn = block + 1
+                    await_turn(place, turn_at(row, block, end_before))
+                if SUM_DPQ:
                     dq, dpq = warpgroup_mma_wait(0, deps=[dq, dpq])
                 else:
                     dq = warpgroup_mma_wait(0, deps=[dq])
@@ -164,21 +186,26 @@ def _sum_over_keys(
                     reduce_add(dpq_desc, [(f_q * slabs + row) * (SLAB * BLOCK_G // LINE), 0], dpq_smem)
                 step += 1
         mbarrier.arrive(kv_empty.index(slot))
+        turn += 1
+        if REPEATABLE:
+            hand_over(place, next_turn)
+            next_turn = 0
+            unit, turns = hear(turn, queue)
     store_wait(0)
 
 
 @jit
 def _consume(
     w: gl.constexpr, dk_desc, dv_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, ds_smem, lse_smem,
-    delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty, ds_full, ds_empty, units, pairs, heads,
-    num_blocks, num_heads, group, seqlen_q, seqlen_k, shift, left, right, scale, pk_s1, pk_v2, pk_s2,
+    delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty, ds_full, ds_empty, queue, units, pairs,
+    heads, num_blocks, num_heads, group, seqlen_q, seqlen_k, shift, left, right, scale, pk_s1, pk_v2, pk_s2,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_TAIL: gl.constexpr, HAS_PHI: gl.constexpr,
     SUM_DPK: gl.constexpr, CENTRES: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
     BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr, q_layout: gl.constexpr, k_layout: gl.constexpr,
     v_layout: gl.constexpr, do_layout: gl.constexpr, pq_layout: gl.constexpr, pk_layout: gl.constexpr,
     dpk_layout: gl.constexpr,
     HOLDS_PHI: gl.constexpr, HAS_IDLE: gl.constexpr, CONSUMERS: gl.constexpr, KV_STAGES: gl.constexpr,
-    ALTERNATES: gl.constexpr,
+    ALTERNATES: gl.constexpr, REPEATABLE: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup w: 64 keys of every tile."""
     BLOCK_N: gl.constexpr = ROWS * CONSUMERS
@@ -186,10 +213,17 @@ def _consume(
     dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     dv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     dphi_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_G, 16])
+    turn = 0
     step = 0
-    for turn in range(turns_of(units, ALTERNATES)):
+    unit = 0
+    turns = turns_of(units, ALTERNATES)
+    if REPEATABLE:
+        unit, turns = hear(0, queue)
+    while turn < turns:
+        if not REPEATABLE:
+            unit = unit_of(turn, ALTERNATES)
         b, hk, block = key_tile_of(
-            unit_of(turn, ALTERNATES), num_blocks, pairs, heads, num_heads // group, HAS_LEFT or HAS_RIGHT
+            unit, num_blocks, pairs, heads, num_heads // group, HAS_LEFT or HAS_RIGHT or REPEATABLE
         )
         start_n = block * BLOCK_N
         lo, full_lo, full_hi, hi = query_tiles(start_n, seqlen_q, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
@@ -217,7 +251,7 @@ def _consume(
         if w > 0 and HAS_IDLE:
             members = gl.where(start_n + w * ROWS < seqlen_k, group, 0)
         for _ in range(members):
-            for part in gl.static_range(3):
+            for part in gl.static_range(2 if REPEATABLE else 0, -1 if REPEATABLE else 3, -1 if REPEATABLE else 1):
                 if part == 0:
                     first = lo
                     count = full_lo - lo
@@ -233,7 +267,7 @@ def _consume(
                         start_n + w * ROWS, centre, k, v, pk, q_smem, do_smem, pq_smem, ds_smem, lse_smem,
                         delta_smem, q_full, q_empty, ds_full, ds_empty, seqlen_k, shift, left, right, scale * LOG2E,
                         part != 1, HAS_TAIL, HAS_LEFT, HAS_RIGHT, HAS_PHI, SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV,
-                        BLOCK_R, BLOCK_G, q_layout, do_layout, pq_layout, CONSUMERS,
+                        BLOCK_R, BLOCK_G, q_layout, do_layout, pq_layout, CONSUMERS, REPEATABLE,
                     )  # fmt: skip
         if w > 0 and HAS_IDLE:
             for n in range((group - members) * (hi - lo)):
@@ -251,8 +285,14 @@ def _consume(
         store(dk_desc, [b, hk, start_n + w * ROWS, 0], dk_smem.index(w))
         store(dv_desc, [b, hk, start_n + w * ROWS, 0], dv_smem.index(w))
         if SUM_DPK:
-            f_k = own_index(b * num_heads + hk * group, pk_s1, pk_v2, pk_s2)
-            reduce_add(dpk_desc, [f_k, start_n + w * ROWS, 0], dpk_smem.index(w))
+            if REPEATABLE:
+                store(dpk_desc, [b * (num_heads // group) + hk, start_n + w * ROWS, 0], dpk_smem.index(w))
+            else:
+                f_k = own_index(b * num_heads + hk * group, pk_s1, pk_v2, pk_s2)
+                reduce_add(dpk_desc, [f_k, start_n + w * ROWS, 0], dpk_smem.index(w))
+        turn += 1
+        if REPEATABLE:
+            unit, turns = hear(turn, queue)
     store_wait(0)
 
 
@@ -264,14 +304,14 @@ def _consume(
     ]
 )  # fmt: skip
 def _bwd_kernel(
-    q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, sum_desc, lse_ptr, delta_ptr, phi_q_ptr, centre_ptr, dq_desc,
-    dk_desc, dv_desc, dpq_desc, dpk_desc, units, pairs, heads, num_blocks, num_heads, group, slabs, stride_rows,
+    q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, sum_desc, lse_ptr, delta_ptr, phi_q_ptr, centre_ptr, tickets_ptr,
+    dq_desc, dk_desc, dv_desc, dpq_desc, dpk_desc, units, pairs, heads, num_blocks, num_heads, group, slabs, stride_rows,
     seqlen_q, seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, stride_pf, stride_pn,
     stride_pr, stride_c, references, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_TAIL: gl.constexpr,
     HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr, SUM_DPK: gl.constexpr, RANK: gl.constexpr, STAGES: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr,
     HOLDS_PHI: gl.constexpr, HAS_IDLE: gl.constexpr, CONSUMERS: gl.constexpr, KV_STAGES: gl.constexpr,
-    ALTERNATES: gl.constexpr, REGISTERS: gl.constexpr, SUM_REGISTERS: gl.constexpr,
+    ALTERNATES: gl.constexpr, REPEATABLE: gl.constexpr, REGISTERS: gl.constexpr, SUM_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr, q_layout: gl.constexpr, k_layout: gl.constexpr, v_layout: gl.constexpr,
     do_layout: gl.constexpr, pq_layout: gl.constexpr, pk_layout: gl.constexpr, sum_layout: gl.constexpr,
     ds_layout: gl.constexpr, dq_layout: gl.constexpr, dpq_layout: gl.constexpr, dpk_layout: gl.constexpr,
@@ -323,6 +363,10 @@ def _bwd_kernel(
     for stage in gl.static_range(STAGES):
         mbarrier.init(q_full.index(stage), count=2)
         mbarrier.init(q_empty.index(stage), count=CONSUMERS)
+    queue = ()
+    if REPEATABLE:
+        unit_smem, told, heard = unit_slots(CONSUMERS + 1)
+        queue = (tickets_ptr, unit_smem, told, heard)
     fence_async_shared()
     owners_q = (pq_s1, pq_v2, pq_s2)
     owners_k = (pk_s1, pk_v2, pk_s2)
@@ -333,29 +377,29 @@ def _bwd_kernel(
             [
                 (_consume, (0, dk_desc, dv_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, ds_smem,
                             lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty,
-                            ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, seqlen_q, seqlen_k,
+                            ds_full, ds_empty, queue, units, pairs, heads, num_blocks, num_heads, group, seqlen_q, seqlen_k,
                             shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI,
                             SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout,
                             v_layout, do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS,
-                            KV_STAGES, ALTERNATES)),
+                            KV_STAGES, ALTERNATES, REPEATABLE)),
                 (_consume, (1, dk_desc, dv_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, ds_smem,
                             lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty,
-                            ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, seqlen_q, seqlen_k,
+                            ds_full, ds_empty, queue, units, pairs, heads, num_blocks, num_heads, group, seqlen_q, seqlen_k,
                             shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI,
                             SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout,
                             v_layout, do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS,
-                            KV_STAGES, ALTERNATES)),
+                            KV_STAGES, ALTERNATES, REPEATABLE)),
                 (_sum_over_keys, (dq_desc, dpq_desc, k_smem, sum_smem, ds_smem, dq_smem, dpq_smem, kv_full, kv_empty,
-                                  ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, slabs, seqlen_q,
+                                  ds_full, ds_empty, queue, units, pairs, heads, num_blocks, num_heads, group, slabs, seqlen_q,
                                   shift, left, right, pq_s1, pq_v2, pq_s2, HAS_LEFT, HAS_RIGHT, SUM_DPQ, BLOCK_D,
                                   BLOCK_SUM, BLOCK_G, k_layout, sum_layout, dq_layout, dpq_layout, CONSUMERS,
-                                  KV_STAGES, ALTERNATES)),
+                                  KV_STAGES, ALTERNATES, REPEATABLE)),
                 (produce, (q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, sum_desc, lse_ptr, delta_ptr, centring,
                            q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, sum_smem, lse_smem, delta_smem, kv_full,
-                           kv_empty, q_full, q_empty, units, pairs, heads, num_blocks, num_heads, group, stride_rows,
+                           kv_empty, q_full, q_empty, queue, units, pairs, heads, num_blocks, num_heads, group, stride_rows,
                            seqlen_q, shift, left, right, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT,
                            HAS_PHI, SUM_DPQ, RANK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, CONSUMERS,
-                           KV_STAGES, ALTERNATES)),
+                           KV_STAGES, ALTERNATES, REPEATABLE)),
             ],
             [4, 4, 1],
             [REGISTERS, SUM_REGISTERS, PRODUCER_REGISTERS],
@@ -365,36 +409,36 @@ def _bwd_kernel(
             [
                 (_consume, (0, dk_desc, dv_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, ds_smem,
                             lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty,
-                            ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, seqlen_q, seqlen_k,
+                            ds_full, ds_empty, queue, units, pairs, heads, num_blocks, num_heads, group, seqlen_q, seqlen_k,
                             shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI,
                             SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout,
                             v_layout, do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS,
-                            KV_STAGES, ALTERNATES)),
+                            KV_STAGES, ALTERNATES, REPEATABLE)),
                 (_consume, (1, dk_desc, dv_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, ds_smem,
                             lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty,
-                            ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, seqlen_q, seqlen_k,
+                            ds_full, ds_empty, queue, units, pairs, heads, num_blocks, num_heads, group, seqlen_q, seqlen_k,
                             shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI,
                             SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout,
                             v_layout, do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS,
-                            KV_STAGES, ALTERNATES)),
+                            KV_STAGES, ALTERNATES, REPEATABLE)),
                 (_consume, (2, dk_desc, dv_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, ds_smem,
                             lse_smem, delta_smem, dk_smem, dv_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty,
-                            ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, seqlen_q, seqlen_k,
+                            ds_full, ds_empty, queue, units, pairs, heads, num_blocks, num_heads, group, seqlen_q, seqlen_k,
                             shift, left, right, scale, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI,
                             SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, q_layout, k_layout,
                             v_layout, do_layout, pq_layout, pk_layout, dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS,
-                            KV_STAGES, ALTERNATES)),
+                            KV_STAGES, ALTERNATES, REPEATABLE)),
                 (_sum_over_keys, (dq_desc, dpq_desc, k_smem, sum_smem, ds_smem, dq_smem, dpq_smem, kv_full, kv_empty,
-                                  ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group, slabs, seqlen_q,
+                                  ds_full, ds_empty, queue, units, pairs, heads, num_blocks, num_heads, group, slabs, seqlen_q,
                                   shift, left, right, pq_s1, pq_v2, pq_s2, HAS_LEFT, HAS_RIGHT, SUM_DPQ, BLOCK_D,
                                   BLOCK_SUM, BLOCK_G, k_layout, sum_layout, dq_layout, dpq_layout, CONSUMERS,
-                                  KV_STAGES, ALTERNATES)),
+                                  KV_STAGES, ALTERNATES, REPEATABLE)),
                 (produce, (q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, sum_desc, lse_ptr, delta_ptr, centring,
                            q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, sum_smem, lse_smem, delta_smem, kv_full,
-                           kv_empty, q_full, q_empty, units, pairs, heads, num_blocks, num_heads, group, stride_rows,
+                           kv_empty, q_full, q_empty, queue, units, pairs, heads, num_blocks, num_heads, group, stride_rows,
                            seqlen_q, shift, left, right, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT,
                            HAS_PHI, SUM_DPQ, RANK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, CONSUMERS,
-                           KV_STAGES, ALTERNATES)),
+                           KV_STAGES, ALTERNATES, REPEATABLE)),
             ],
             [4, 4, 4, 1],
             [REGISTERS, REGISTERS, SUM_REGISTERS, PRODUCER_REGISTERS],

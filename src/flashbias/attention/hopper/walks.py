@@ -5,6 +5,7 @@
 # pyright: reportAssignmentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
 
 from flashbias.attention.hopper.gluon import gl, jit, load, mbarrier
+from flashbias.attention.hopper.order import claim
 from flashbias.attention.hopper.scores import CENTRE_TILE, centring_of, tile_offset
 from flashbias.attention.hopper.slabs import LINE as _LINE
 from flashbias.attention.hopper.tiles import ROWS, SLAB, exp2, own_index, place_of, query_tiles, turns_of, unit_of
@@ -30,13 +31,23 @@ def turned_tile(first, n, count, turned):
 
 
 @jit
+def tile_at(first, n, count, turned, REPEATABLE: gl.constexpr):
+    """The n-th tile of a walk: backwards where additions have an order (`order.py`)."""
+    if REPEATABLE:
+        return first + count - 1 - n
+    else:
+        return turned_tile(first, n, count, turned)
+
+
+@jit
 def produce(
     q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, sum_desc, lse_ptr, delta_ptr, centring, q_smem, k_smem, v_smem,
-    do_smem, pq_smem, pk_smem, sum_smem, lse_smem, delta_smem, kv_full, kv_empty, q_full, q_empty, units, pairs, heads,
-    num_blocks, num_heads, group, stride_rows, seqlen_q, shift, left, right, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2,
+    do_smem, pq_smem, pk_smem, sum_smem, lse_smem, delta_smem, kv_full, kv_empty, q_full, q_empty, queue, units, pairs,
+    heads, num_blocks, num_heads, group, stride_rows, seqlen_q, shift, left, right, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr, RANK: gl.constexpr,
     CENTRES: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr,
     BLOCK_G: gl.constexpr, CONSUMERS: gl.constexpr, KV_STAGES: gl.constexpr, ALTERNATES: gl.constexpr,
+    REPEATABLE: gl.constexpr,
 ):  # fmt: skip
     """The loading warp: keys and values of every tile, and the queries that see them."""
     BLOCK_N: gl.constexpr = ROWS * CONSUMERS
@@ -45,10 +56,17 @@ def produce(
     key_width: gl.constexpr = width + (BLOCK_G if HAS_SUM else 0)
     per_lane: gl.constexpr = gl.BlockedLayout([SLAB // 32], [32], [1], [0])
     offs_m = gl.arange(0, SLAB, per_lane)
+    turn = 0
     step = 0
-    for turn in range(turns_of(units, ALTERNATES)):
+    unit = 0
+    turns = turns_of(units, ALTERNATES)
+    if REPEATABLE:
+        unit, turns = claim(0, units, queue)
+    while turn < turns:
+        if not REPEATABLE:
+            unit = unit_of(turn, ALTERNATES)
         b, hk, block = key_tile_of(
-            unit_of(turn, ALTERNATES), num_blocks, pairs, heads, num_heads // group, HAS_LEFT or HAS_RIGHT
+            unit, num_blocks, pairs, heads, num_heads // group, HAS_LEFT or HAS_RIGHT or REPEATABLE
         )
         start_n = block * BLOCK_N
         lo, _, _, hi = query_tiles(start_n, seqlen_q, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
@@ -71,7 +89,7 @@ def produce(
             f_q = own_index(bh, pq_s1, pq_v2, pq_s2)
             turned = turn_of(block, num_blocks, hi - lo, HAS_LEFT or HAS_RIGHT)
             for n in range(hi - lo):
-                start_m = turned_tile(lo, n, hi - lo, turned) * SLAB
+                start_m = tile_at(lo, n, hi - lo, turned, REPEATABLE) * SLAB
                 stage = step % STAGES
                 rows = bh.to(gl.int64) * stride_rows + start_m
                 lse = gl.load(lse_ptr + rows + offs_m)
@@ -97,6 +115,9 @@ def produce(
                 delta_smem.index(stage).store(delta)
                 mbarrier.arrive(full)
                 step += 1
+        turn += 1
+        if REPEATABLE:
+            unit, turns = claim(turn, units, queue)
 
 
 @jit

@@ -20,8 +20,9 @@ from flashbias.attention.hopper.gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from flashbias.attention.hopper.order import await_turn, hand_over, hear, turn_at, unit_slots
 from flashbias.attention.hopper.tiles import ROWS, SLAB, own_index, query_tiles, turns_of, unit_of
-from flashbias.attention.hopper.walks import LINE, key_tile_of, produce, turn_of, turned_tile, weights
+from flashbias.attention.hopper.walks import LINE, key_tile_of, produce, tile_at, turn_of, weights
 from flashbias.attention.triton.scores import LOG2E
 
 
@@ -49,12 +50,12 @@ def _issue_scores(
 def _walk(
     w: gl.constexpr, dk, dv, dphi, step, first, count, turned, f_q, bh, slabs, start_n, k, v, pk, q_smem, k_smem,
     do_smem, pq_smem, sum_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, q_full, q_empty, ds_full, ds_empty,
-    dq_desc, dpq_desc, seqlen_k, shift, left, right, qk_scale, IS_EDGE: gl.constexpr, HAS_TAIL: gl.constexpr,
+    dq_desc, dpq_desc, queue, block, end_before, place, next_turn, seqlen_k, shift, left, right, qk_scale, IS_EDGE: gl.constexpr, HAS_TAIL: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr,
     SUM_DPK: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr,
     BLOCK_SUM: gl.constexpr, BLOCK_G: gl.constexpr, q_layout: gl.constexpr, k_layout: gl.constexpr,
     do_layout: gl.constexpr, pq_layout: gl.constexpr, sum_layout: gl.constexpr, dq_layout: gl.constexpr,
-    dpq_layout: gl.constexpr, DQ_COLUMNS: gl.constexpr, CONSUMERS: gl.constexpr,
+    dpq_layout: gl.constexpr, DQ_COLUMNS: gl.constexpr, CONSUMERS: gl.constexpr, REPEATABLE: gl.constexpr,
 ):  # fmt: skip
     """Walk over `count` tiles of queries from `first`, the one `turned` steps in at first."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SLAB, 16])
@@ -67,7 +68,7 @@ def _walk(
     # Products that are issued behind those of dk, dv and dphi.
     BEHIND: gl.constexpr = CONSUMERS * (2 if OWN_DPQ else 1)
     for n in range(count):
-        tile = turned_tile(first, n, count, turned)
+        tile = tile_at(first, n, count, turned, REPEATABLE)
         # Two buffers of dS, so that a warpgroup may be one step ahead of the other.
         half = step & 1
         own = ds_smem.index(half * CONSUMERS + w)
@@ -112,6 +113,12 @@ def _walk(
                     ds_smem.index(half * CONSUMERS + c).permute((1, 0)), pk_c.slice(0, BLOCK_G, dim=1), dpq,
                     use_acc=c > 0, is_async=True,
                 )  # fmt: skip
+        if REPEATABLE:
+            # While they are in flight: what was added a step ago is done by now, and the next block's turn.
+            hand_over(place, next_turn)
+            place = queue[0] + 1 + (bh * slabs + tile) * CONSUMERS + w
+            next_turn = block + 1
+            await_turn(place, turn_at(tile, block, end_before))
         if SUM_DPK:
             dk, dv, dphi = warpgroup_mma_wait(BEHIND, deps=[dk, dv, dphi])
         else:
@@ -131,21 +138,21 @@ def _walk(
         if OWN_DPQ:
             reduce_add(dpq_desc, [(f_q * slabs + tile) * (SLAB * BLOCK_G // LINE), 0], dpq_smem)
         step += 1
-    return dk, dv, dphi, step
+    return dk, dv, dphi, step, place, next_turn
 
 
 @jit
 def _consume(
     w: gl.constexpr, dq_desc, dk_desc, dv_desc, dpq_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem,
     sum_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty, ds_full,
-    ds_empty, units, pairs, heads, num_blocks, num_heads, group, slabs, seqlen_q, seqlen_k, shift, left, right, scale,
+    ds_empty, queue, units, pairs, heads, num_blocks, num_heads, group, slabs, seqlen_q, seqlen_k, shift, left, right, scale,
     pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_TAIL: gl.constexpr,
     HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr, SUM_DPK: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr,
     BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_SUM: gl.constexpr, BLOCK_G: gl.constexpr,
     q_layout: gl.constexpr, k_layout: gl.constexpr, v_layout: gl.constexpr, do_layout: gl.constexpr,
     pq_layout: gl.constexpr, pk_layout: gl.constexpr, sum_layout: gl.constexpr, dq_layout: gl.constexpr,
     dpq_layout: gl.constexpr, dpk_layout: gl.constexpr, DQ_COLUMNS: gl.constexpr, CONSUMERS: gl.constexpr,
-    ALTERNATES: gl.constexpr,
+    ALTERNATES: gl.constexpr, REPEATABLE: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup w: 64 keys of every tile."""
     BLOCK_N: gl.constexpr = ROWS * CONSUMERS
@@ -157,13 +164,27 @@ def _consume(
     pk = k
     if HAS_PHI:
         pk = pk_smem.index(w)._reinterpret(pk_smem.dtype, [ROWS, BLOCK_R], pk_layout)
+    turn = 0
     step = 0
-    for turn in range(turns_of(units, ALTERNATES)):
+    unit = 0
+    turns = turns_of(units, ALTERNATES)
+    # The ticket of the slab that was added to last, and whose turn is next there; 0: it has been told.
+    place = 0
+    next_turn = 0
+    if REPEATABLE:
+        unit, turns = hear(0, queue)
+        place = queue[0]
+    while turn < turns:
+        if not REPEATABLE:
+            unit = unit_of(turn, ALTERNATES)
         b, hk, block = key_tile_of(
-            unit_of(turn, ALTERNATES), num_blocks, pairs, heads, num_heads // group, HAS_LEFT or HAS_RIGHT
+            unit, num_blocks, pairs, heads, num_heads // group, HAS_LEFT or HAS_RIGHT or REPEATABLE
         )
         start_n = block * BLOCK_N
         lo, full_lo, full_hi, hi = query_tiles(start_n, seqlen_q, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
+        _, _, _, end_before = query_tiles(
+            start_n - BLOCK_N, seqlen_q, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N
+        )
         dk = gl.zeros([ROWS, BLOCK_D], gl.float32, dk_layout)
         dv = gl.zeros([ROWS, BLOCK_DV], gl.float32, dv_layout)
         dphi = gl.zeros([ROWS, BLOCK_G], gl.float32, dphi_layout)
@@ -171,8 +192,9 @@ def _consume(
         begin = step
         for g in range(group):
             bh = b * num_heads + hk * group + g
-            f_q = own_index(bh, pq_s1, pq_v2, pq_s2)
-            for part in gl.static_range(3):
+            # Factors that several pairs share get a sum from each of them.
+            f_q = bh if REPEATABLE else own_index(bh, pq_s1, pq_v2, pq_s2)
+            for part in gl.static_range(2 if REPEATABLE else 0, -1 if REPEATABLE else 3, -1 if REPEATABLE else 1):
                 if part == 0:
                     first = lo
                     count = full_lo - lo
@@ -183,14 +205,15 @@ def _consume(
                     first = full_hi
                     count = hi - full_hi
                 if part == 1 or (part == 0 and HAS_RIGHT) or (part == 2 and HAS_LEFT):
-                    dk, dv, dphi, step = _walk(
+                    dk, dv, dphi, step, place, next_turn = _walk(
                         w, dk, dv, dphi, step, first, count, turn_of(block, num_blocks, count, HAS_LEFT or HAS_RIGHT),
                         f_q, bh, slabs, start_n, k, v, pk, q_smem, k_smem, do_smem, pq_smem, sum_smem,
                         ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, q_full, q_empty, ds_full, ds_empty, dq_desc,
-                        dpq_desc, seqlen_k, shift, left, right, scale * LOG2E,
+                        dpq_desc, queue, block, end_before, place, next_turn, seqlen_k, shift, left, right,
+                        scale * LOG2E,
                         part != 1, HAS_TAIL, HAS_LEFT, HAS_RIGHT, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_D,
                         BLOCK_DV, BLOCK_R, BLOCK_SUM, BLOCK_G, q_layout, k_layout, do_layout, pq_layout, sum_layout,
-                        dq_layout, dpq_layout, DQ_COLUMNS, CONSUMERS,
+                        dq_layout, dpq_layout, DQ_COLUMNS, CONSUMERS, REPEATABLE,
                     )  # fmt: skip
         # The other warpgroup reads these keys until it has made its last part of dq.
         last = step - 1
@@ -202,13 +225,22 @@ def _consume(
             own = dpk_smem.index(w)
             own._reinterpret(gl.float32, [ROWS, BLOCK_G], dpk_layout).store(dphi * scale)
         fence_async_shared()
+        if REPEATABLE:
+            hand_over(place, next_turn)
+            next_turn = 0
         store(dk_desc, [b, hk, start_n + w * ROWS, 0], k_smem.index(w))
         store(dv_desc, [b, hk, start_n + w * ROWS, 0], v_smem.index(w))
         if SUM_DPK:
-            f_k = own_index(b * num_heads + hk * group, pk_s1, pk_v2, pk_s2)
-            reduce_add(dpk_desc, [f_k, start_n + w * ROWS, 0], dpk_smem.index(w))
+            if REPEATABLE:
+                store(dpk_desc, [b * (num_heads // group) + hk, start_n + w * ROWS, 0], dpk_smem.index(w))
+            else:
+                f_k = own_index(b * num_heads + hk * group, pk_s1, pk_v2, pk_s2)
+                reduce_add(dpk_desc, [f_k, start_n + w * ROWS, 0], dpk_smem.index(w))
         store_wait(0)
         mbarrier.arrive(kv_empty.index(0))
+        turn += 1
+        if REPEATABLE:
+            unit, turns = hear(turn, queue)
 
 
 @jit(
@@ -219,14 +251,14 @@ def _consume(
     ]
 )  # fmt: skip
 def _bwd_wide_kernel(
-    q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, sum_desc, lse_ptr, delta_ptr, phi_q_ptr, centre_ptr, dq_desc,
-    dk_desc, dv_desc, dpq_desc, dpk_desc, units, pairs, heads, num_blocks, num_heads, group, slabs, stride_rows,
+    q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, sum_desc, lse_ptr, delta_ptr, phi_q_ptr, centre_ptr, tickets_ptr,
+    dq_desc, dk_desc, dv_desc, dpq_desc, dpk_desc, units, pairs, heads, num_blocks, num_heads, group, slabs, stride_rows,
     seqlen_q, seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, stride_pf, stride_pn,
     stride_pr, stride_c, references, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_TAIL: gl.constexpr,
     HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr, SUM_DPK: gl.constexpr, RANK: gl.constexpr, STAGES: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr,
-    DQ_COLUMNS: gl.constexpr, CONSUMERS: gl.constexpr, ALTERNATES: gl.constexpr, REGISTERS: gl.constexpr,
-    PRODUCER_REGISTERS: gl.constexpr, q_layout: gl.constexpr, k_layout: gl.constexpr, v_layout: gl.constexpr,
+    DQ_COLUMNS: gl.constexpr, CONSUMERS: gl.constexpr, ALTERNATES: gl.constexpr, REPEATABLE: gl.constexpr,
+    REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, q_layout: gl.constexpr, k_layout: gl.constexpr, v_layout: gl.constexpr,
     do_layout: gl.constexpr, pq_layout: gl.constexpr, pk_layout: gl.constexpr, sum_layout: gl.constexpr,
     ds_layout: gl.constexpr, dq_layout: gl.constexpr, dpq_layout: gl.constexpr, dpk_layout: gl.constexpr,
 ):  # fmt: skip
@@ -271,6 +303,10 @@ def _bwd_wide_kernel(
     for stage in gl.static_range(STAGES):
         mbarrier.init(q_full.index(stage), count=2)
         mbarrier.init(q_empty.index(stage), count=CONSUMERS)
+    queue = ()
+    if REPEATABLE:
+        unit_smem, told, heard = unit_slots(CONSUMERS)
+        queue = (tickets_ptr, unit_smem, told, heard)
     fence_async_shared()
     owners_q = (pq_s1, pq_v2, pq_s2)
     owners_k = (pk_s1, pk_v2, pk_s2)
@@ -280,24 +316,24 @@ def _bwd_wide_kernel(
         [
             (_consume, (0, dq_desc, dk_desc, dv_desc, dpq_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem,
                         pk_smem, sum_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, dpk_smem, kv_full,
-                        kv_empty, q_full, q_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group,
+                        kv_empty, q_full, q_empty, ds_full, ds_empty, queue, units, pairs, heads, num_blocks, num_heads, group,
                         slabs, seqlen_q, seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2,
                         HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R,
                         BLOCK_SUM, BLOCK_G, q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout, sum_layout,
-                        dq_layout, dpq_layout, dpk_layout, DQ_COLUMNS, CONSUMERS, ALTERNATES)),
+                        dq_layout, dpq_layout, dpk_layout, DQ_COLUMNS, CONSUMERS, ALTERNATES, REPEATABLE)),
             (_consume, (1, dq_desc, dk_desc, dv_desc, dpq_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem,
                         pk_smem, sum_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, dpk_smem, kv_full,
-                        kv_empty, q_full, q_empty, ds_full, ds_empty, units, pairs, heads, num_blocks, num_heads, group,
+                        kv_empty, q_full, q_empty, ds_full, ds_empty, queue, units, pairs, heads, num_blocks, num_heads, group,
                         slabs, seqlen_q, seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2,
                         HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R,
                         BLOCK_SUM, BLOCK_G, q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout, sum_layout,
-                        dq_layout, dpq_layout, dpk_layout, DQ_COLUMNS, CONSUMERS, ALTERNATES)),
+                        dq_layout, dpq_layout, dpk_layout, DQ_COLUMNS, CONSUMERS, ALTERNATES, REPEATABLE)),
             (produce, (q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, sum_desc, lse_ptr, delta_ptr, centring,
                        q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, sum_smem, lse_smem, delta_smem, kv_full,
-                       kv_empty, q_full, q_empty, units, pairs, heads, num_blocks, num_heads, group, stride_rows,
+                       kv_empty, q_full, q_empty, queue, units, pairs, heads, num_blocks, num_heads, group, stride_rows,
                        seqlen_q, shift, left, right, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT,
                        HAS_PHI, SUM_DPQ, RANK, 1, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G, CONSUMERS, 1,
-                       ALTERNATES)),
+                       ALTERNATES, REPEATABLE)),
         ],
         [4, 1],
         [REGISTERS, PRODUCER_REGISTERS],
