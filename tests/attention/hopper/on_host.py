@@ -7,7 +7,8 @@ may be next, by a seeded draw. So a run is repeatable, many seeds are many order
 - shared memory is written while a product in flight, or the copy engine, still reads it.
 
 Programs run one after the other, but at the same time where their additions have an order: then the copy engine adds at
-once or when the sum is waited for, by the draw. Loads of it write at once, the earliest that they can. Registers, layouts and proxies are not checked.
+once or when the sum is waited for, by the draw. Its loads write at once, the earliest that they can. Registers, layouts
+and proxies are not checked.
 """
 
 from __future__ import annotations
@@ -369,7 +370,8 @@ class Device:
     def reduce_add(self, box: Box, place: Sequence[int], view: View) -> None:
         inside, x = box.target(place, view.load())
         if self.is_ordered and self.turns.draw.random() < 0.5:
-            self.adding.setdefault(threading.current_thread().name, []).append(lambda x=x.clone(): inside.add_(x))
+            later = x.clone()
+            self.adding.setdefault(threading.current_thread().name, []).append(lambda: inside.add_(later))
         else:
             inside.add_(x)
         self._read_by_engine(view.cell)

@@ -1,11 +1,12 @@
 """Backward pass for Hopper: prepares rows and buffers, launches the fused kernel, brings sums to the gradients' dtypes.
 
-The fused kernel adds parts of dq, dphi_q and dphi_k in an order that varies, or in one order: then it is repeatable to
-the bit, and somewhat slower (`order.py`). Wide factors that many (batch, head) pairs share get their gradients from a kernel of its own (`triton/shared.py`), which has no
-order.
+The fused kernel adds parts of dq, dphi_q and dphi_k as its programs come to it, or in one order: then it is repeatable
+to the bit, and somewhat slower (`order.py`). Wide factors that many (batch, head) pairs share get their gradients from
+a kernel of its own (`triton/shared.py`), which has no order.
 What it does not do goes to the portable kernels: tables and masks of the caller's own, short windows, which one tile
 holds, factors that grouped heads do not share, gradients of factors beside float16 queries, whose precision bfloat16
-operands lack, and beside centres by tile those of a phi_q that is shared by heads with different phi_k.
+operands lack, and beside centres by tile those of a phi_q that is shared by heads with different phi_k; where there
+has to be an order, wide gradients of shared factors too.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false

@@ -46,8 +46,8 @@ CROWDED = 64
 HELD = 64
 """Packed columns of the keys' factors up to which they are held in registers, beside heads of 17 to 32."""
 
-BARRIERS = 1024
-"""Bytes set aside for barriers and alignment."""
+BARRIERS = 1408
+"""Bytes set aside for barriers, what is told of units, and alignment."""
 
 
 class Warpgroups:

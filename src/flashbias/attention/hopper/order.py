@@ -127,11 +127,14 @@ def hand_over(ticket_ptr, turn):
     gl.inline_asm_elementwise(
         """{
         .reg .pred sets;
+        setp.ge.u32 sets, $3, 32;
+        @sets bra others;
         cp.async.bulk.wait_group 0;
         bar.warp.sync 0xffffffff;
         setp.eq.u32 sets, $3, 0;
         setp.gt.and.s32 sets, $2, 0, sets;
         @sets st.release.gpu.global.s32 [$1], $2;
+        others:
         mov.u32 $0, 0;
         }""",
         "=r,l,r,r",

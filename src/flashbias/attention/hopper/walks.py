@@ -43,11 +43,11 @@ def tile_at(first, n, count, turned, REPEATABLE: gl.constexpr):
 def produce(
     q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, sum_desc, lse_ptr, delta_ptr, centring, q_smem, k_smem, v_smem,
     do_smem, pq_smem, pk_smem, sum_smem, lse_smem, delta_smem, kv_full, kv_empty, q_full, q_empty, queue, units, pairs,
-    heads, num_blocks, num_heads, group, stride_rows, seqlen_q, shift, left, right, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr, RANK: gl.constexpr,
-    CENTRES: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr,
-    BLOCK_G: gl.constexpr, CONSUMERS: gl.constexpr, KV_STAGES: gl.constexpr, ALTERNATES: gl.constexpr,
-    REPEATABLE: gl.constexpr,
+    heads, num_blocks, num_heads, group, stride_rows, seqlen_q, shift, left, right, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2,
+    pk_s2, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr,
+    RANK: gl.constexpr, CENTRES: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
+    BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr, CONSUMERS: gl.constexpr, KV_STAGES: gl.constexpr,
+    ALTERNATES: gl.constexpr, REPEATABLE: gl.constexpr,
 ):  # fmt: skip
     """The loading warp: keys and values of every tile, and the queries that see them."""
     BLOCK_N: gl.constexpr = ROWS * CONSUMERS

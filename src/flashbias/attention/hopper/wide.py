@@ -50,12 +50,13 @@ def _issue_scores(
 def _walk(
     w: gl.constexpr, dk, dv, dphi, step, first, count, turned, f_q, bh, slabs, start_n, k, v, pk, q_smem, k_smem,
     do_smem, pq_smem, sum_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, q_full, q_empty, ds_full, ds_empty,
-    dq_desc, dpq_desc, queue, block, end_before, place, next_turn, seqlen_k, shift, left, right, qk_scale, IS_EDGE: gl.constexpr, HAS_TAIL: gl.constexpr,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr,
-    SUM_DPK: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr,
-    BLOCK_SUM: gl.constexpr, BLOCK_G: gl.constexpr, q_layout: gl.constexpr, k_layout: gl.constexpr,
-    do_layout: gl.constexpr, pq_layout: gl.constexpr, sum_layout: gl.constexpr, dq_layout: gl.constexpr,
-    dpq_layout: gl.constexpr, DQ_COLUMNS: gl.constexpr, CONSUMERS: gl.constexpr, REPEATABLE: gl.constexpr,
+    dq_desc, dpq_desc, queue, block, end_before, place, next_turn, seqlen_k, shift, left, right, qk_scale,
+    IS_EDGE: gl.constexpr, HAS_TAIL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr, SUM_DPK: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr,
+    BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_SUM: gl.constexpr, BLOCK_G: gl.constexpr,
+    q_layout: gl.constexpr, k_layout: gl.constexpr, do_layout: gl.constexpr, pq_layout: gl.constexpr,
+    sum_layout: gl.constexpr, dq_layout: gl.constexpr, dpq_layout: gl.constexpr, DQ_COLUMNS: gl.constexpr,
+    CONSUMERS: gl.constexpr, REPEATABLE: gl.constexpr,
 ):  # fmt: skip
     """Walk over `count` tiles of queries from `first`, the one `turned` steps in at first."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SLAB, 16])
@@ -145,14 +146,14 @@ def _walk(
 def _consume(
     w: gl.constexpr, dq_desc, dk_desc, dv_desc, dpq_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem,
     sum_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, dpk_smem, kv_full, kv_empty, q_full, q_empty, ds_full,
-    ds_empty, queue, units, pairs, heads, num_blocks, num_heads, group, slabs, seqlen_q, seqlen_k, shift, left, right, scale,
-    pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_TAIL: gl.constexpr,
-    HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr, SUM_DPK: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr,
-    BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_SUM: gl.constexpr, BLOCK_G: gl.constexpr,
-    q_layout: gl.constexpr, k_layout: gl.constexpr, v_layout: gl.constexpr, do_layout: gl.constexpr,
-    pq_layout: gl.constexpr, pk_layout: gl.constexpr, sum_layout: gl.constexpr, dq_layout: gl.constexpr,
-    dpq_layout: gl.constexpr, dpk_layout: gl.constexpr, DQ_COLUMNS: gl.constexpr, CONSUMERS: gl.constexpr,
-    ALTERNATES: gl.constexpr, REPEATABLE: gl.constexpr,
+    ds_empty, queue, units, pairs, heads, num_blocks, num_heads, group, slabs, seqlen_q, seqlen_k, shift, left, right,
+    scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    HAS_TAIL: gl.constexpr, HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr, SUM_DPK: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_SUM: gl.constexpr,
+    BLOCK_G: gl.constexpr, q_layout: gl.constexpr, k_layout: gl.constexpr, v_layout: gl.constexpr,
+    do_layout: gl.constexpr, pq_layout: gl.constexpr, pk_layout: gl.constexpr, sum_layout: gl.constexpr,
+    dq_layout: gl.constexpr, dpq_layout: gl.constexpr, dpk_layout: gl.constexpr, DQ_COLUMNS: gl.constexpr,
+    CONSUMERS: gl.constexpr, ALTERNATES: gl.constexpr, REPEATABLE: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup w: 64 keys of every tile."""
     BLOCK_N: gl.constexpr = ROWS * CONSUMERS
@@ -182,9 +183,7 @@ def _consume(
         )
         start_n = block * BLOCK_N
         lo, full_lo, full_hi, hi = query_tiles(start_n, seqlen_q, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
-        _, _, _, end_before = query_tiles(
-            start_n - BLOCK_N, seqlen_q, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N
-        )
+        _, _, _, end_before = query_tiles(start_n - BLOCK_N, seqlen_q, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
         dk = gl.zeros([ROWS, BLOCK_D], gl.float32, dk_layout)
         dv = gl.zeros([ROWS, BLOCK_DV], gl.float32, dv_layout)
         dphi = gl.zeros([ROWS, BLOCK_G], gl.float32, dphi_layout)
@@ -252,15 +251,16 @@ def _consume(
 )  # fmt: skip
 def _bwd_wide_kernel(
     q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, sum_desc, lse_ptr, delta_ptr, phi_q_ptr, centre_ptr, tickets_ptr,
-    dq_desc, dk_desc, dv_desc, dpq_desc, dpk_desc, units, pairs, heads, num_blocks, num_heads, group, slabs, stride_rows,
-    seqlen_q, seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, stride_pf, stride_pn,
-    stride_pr, stride_c, references, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_TAIL: gl.constexpr,
+    dq_desc, dk_desc, dv_desc, dpq_desc, dpk_desc, units, pairs, heads, num_blocks, num_heads, group, slabs,
+    stride_rows, seqlen_q, seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, stride_pf,
+    stride_pn, stride_pr, stride_c, references, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_TAIL: gl.constexpr,
     HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr, SUM_DPK: gl.constexpr, RANK: gl.constexpr, STAGES: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr,
     DQ_COLUMNS: gl.constexpr, CONSUMERS: gl.constexpr, ALTERNATES: gl.constexpr, REPEATABLE: gl.constexpr,
-    REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, q_layout: gl.constexpr, k_layout: gl.constexpr, v_layout: gl.constexpr,
-    do_layout: gl.constexpr, pq_layout: gl.constexpr, pk_layout: gl.constexpr, sum_layout: gl.constexpr,
-    ds_layout: gl.constexpr, dq_layout: gl.constexpr, dpq_layout: gl.constexpr, dpk_layout: gl.constexpr,
+    REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, q_layout: gl.constexpr, k_layout: gl.constexpr,
+    v_layout: gl.constexpr, do_layout: gl.constexpr, pq_layout: gl.constexpr, pk_layout: gl.constexpr,
+    sum_layout: gl.constexpr, ds_layout: gl.constexpr, dq_layout: gl.constexpr, dpq_layout: gl.constexpr,
+    dpk_layout: gl.constexpr,
 ):  # fmt: skip
     """All gradients; a program takes every so-manieth tile of 128 keys of one (batch, head of keys)."""
     # A thread reads 16 bytes at a time of what its columns need.
@@ -316,18 +316,20 @@ def _bwd_wide_kernel(
         [
             (_consume, (0, dq_desc, dk_desc, dv_desc, dpq_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem,
                         pk_smem, sum_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, dpk_smem, kv_full,
-                        kv_empty, q_full, q_empty, ds_full, ds_empty, queue, units, pairs, heads, num_blocks, num_heads, group,
-                        slabs, seqlen_q, seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2,
-                        HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R,
-                        BLOCK_SUM, BLOCK_G, q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout, sum_layout,
-                        dq_layout, dpq_layout, dpk_layout, DQ_COLUMNS, CONSUMERS, ALTERNATES, REPEATABLE)),
+                        kv_empty, q_full, q_empty, ds_full, ds_empty, queue, units, pairs, heads, num_blocks,
+                        num_heads, group, slabs, seqlen_q, seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2,
+                        pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_D,
+                        BLOCK_DV, BLOCK_R, BLOCK_SUM, BLOCK_G, q_layout, k_layout, v_layout, do_layout, pq_layout,
+                        pk_layout, sum_layout, dq_layout, dpq_layout, dpk_layout, DQ_COLUMNS, CONSUMERS, ALTERNATES,
+                        REPEATABLE)),
             (_consume, (1, dq_desc, dk_desc, dv_desc, dpq_desc, dpk_desc, q_smem, k_smem, v_smem, do_smem, pq_smem,
                         pk_smem, sum_smem, ds_smem, lse_smem, delta_smem, dq_smem, dpq_smem, dpk_smem, kv_full,
-                        kv_empty, q_full, q_empty, ds_full, ds_empty, queue, units, pairs, heads, num_blocks, num_heads, group,
-                        slabs, seqlen_q, seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2,
-                        HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R,
-                        BLOCK_SUM, BLOCK_G, q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout, sum_layout,
-                        dq_layout, dpq_layout, dpk_layout, DQ_COLUMNS, CONSUMERS, ALTERNATES, REPEATABLE)),
+                        kv_empty, q_full, q_empty, ds_full, ds_empty, queue, units, pairs, heads, num_blocks,
+                        num_heads, group, slabs, seqlen_q, seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2,
+                        pk_s1, pk_v2, pk_s2, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_PHI, SUM_DPQ, SUM_DPK, STAGES, BLOCK_D,
+                        BLOCK_DV, BLOCK_R, BLOCK_SUM, BLOCK_G, q_layout, k_layout, v_layout, do_layout, pq_layout,
+                        pk_layout, sum_layout, dq_layout, dpq_layout, dpk_layout, DQ_COLUMNS, CONSUMERS, ALTERNATES,
+                        REPEATABLE)),
             (produce, (q_desc, k_desc, v_desc, do_desc, pq_desc, pk_desc, sum_desc, lse_ptr, delta_ptr, centring,
                        q_smem, k_smem, v_smem, do_smem, pq_smem, pk_smem, sum_smem, lse_smem, delta_smem, kv_full,
                        kv_empty, q_full, q_empty, queue, units, pairs, heads, num_blocks, num_heads, group, stride_rows,
