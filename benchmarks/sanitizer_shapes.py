@@ -31,9 +31,14 @@ def check(
     factor_dtype: torch.dtype | None = None,
     has_table: bool = False,
     fixed_factors: bool = False,
+    deterministic: bool | None = None,
     **options: Any,
 ) -> None:
-    """Forward and backward of two batch elements and heads; factors shared over the batch."""
+    """Forward and backward of two batch elements and heads; factors shared over the batch.
+
+    Unless told, the portable kernels add in one order, those for Hopper do not.
+    """
+    deterministic = impl == "triton" if deterministic is None else deterministic
     kv_heads = 1 if options.get("enable_gqa") else 2
     d, dv = widths
     shapes = [(2, 2, n, d), (2, kv_heads, m, d), (2, kv_heads, m, dv), (1, 2, n, rank), (1, 1, m, rank), (2, 7)]
@@ -43,10 +48,25 @@ def check(
         factor.requires_grad_(not fixed_factors)
     bias = fb.FactoredBias(leaves[3], leaves[4], leaves[5] if has_table else None)
     query, key, value = leaves[:3]
-    out: Any = fb.attention(query, key, value, bias, impl=impl, deterministic=impl == "triton", **options)
+    out: Any = fb.attention(query, key, value, bias, impl=impl, deterministic=deterministic, **options)
     out.float().square().sum().backward()
     torch.cuda.synchronize()
     print(f"{impl} {name}: {n}x{m} rank {rank} {dtype}", flush=True)
+
+
+def check_packed(name: str, lengths_q: list[int], lengths_k: list[int], width: int, rank: int, **options: Any) -> None:
+    """Forward and backward of sequences one after the other, two heads, in bfloat16."""
+    n, m = sum(lengths_q), sum(lengths_k)
+    shapes = [(n, 2, width), (m, 2, width), (m, 2, width), (2, n, rank), (2, m, rank)]
+    leaves = [torch.randn(shape, device="cuda").bfloat16().requires_grad_() for shape in shapes]
+    ends = [
+        torch.tensor([0, *lengths], device="cuda").cumsum(0, dtype=torch.int32) for lengths in (lengths_q, lengths_k)
+    ]
+    bias = fb.FactoredBias(leaves[3], leaves[4])
+    out: Any = fb.varlen_attention(*leaves[:3], *ends, bias, impl="hopper", **options)
+    out.float().square().sum().backward()
+    torch.cuda.synchronize()
+    print(f"hopper {name}: {lengths_q} x {lengths_k} rank {rank}", flush=True)
 
 
 def portable() -> None:
@@ -72,6 +92,13 @@ def hopper() -> None:
     fixed("causal", torch.bfloat16, 201, 303, 33, widths=(64, 40), is_causal=True, causal_alignment="bottom_right")
     fixed("window", torch.float16, 303, 201, 4, widths=(40, 64), window=(70, 9), causal_alignment="top_left")
     fixed("wide", torch.bfloat16, 150, 303, 8, widths=(128, 128), enable_gqa=True)
+    check("between", torch.bfloat16, 150, 203, 8, impl="hopper", widths=(80, 96))
+    shown = torch.rand(2, 2, 1, 203, device="cuda") > 0.3
+    check("table", torch.bfloat16, 150, 203, 3, impl="hopper", widths=(32, 32), has_table=True, attn_mask=shown)
+    fixed("in order", torch.bfloat16, 201, 303, 4, widths=(64, 64), deterministic=True)
+    fixed("in order, wide", torch.bfloat16, 201, 303, 4, widths=(128, 128), deterministic=True)
+    check_packed("packed", [130, 0, 67, 1], [97, 40, 64, 150], 64, 5)
+    check_packed("packed, wide", [130, 70], [97, 190], 128, 5, is_causal=True, causal_alignment="bottom_right")
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from flashbias.attention.hopper.gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from flashbias.attention.hopper.scores import centring_of, first_terms, masked, softmax, tile_offset
+from flashbias.attention.hopper.scores import PARTS, QUAD, centring_of, first_terms, masked, softmax, tile_offset
 from flashbias.attention.hopper.tiles import (
     ROWS,
     boxes,
@@ -162,7 +162,7 @@ def _step(acc, p, m_i, l_i, step, start_n, q, pq, q_full, q_phase, k_smem, v_sme
             s = masked(s, start_m, start_n, seqlen_k, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N, s_layout)
     if HAS_TERMS:
         s += gl.load(terms_ptr + start_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout)))[None, :]
-    weights, alpha, m_i, l_i = softmax(s, m_i, l_i, qk_scale, offset, RANK > 0)
+    weights, alpha, m_i, l_i = softmax(s, m_i, l_i, qk_scale, offset, RANK > 0, BLOCK_N, s_layout)
     # Without a barrier here, passed long ago, the assembler moves the wait below above the softmax, and nothing
     # overlaps. Of one that this step waited on before, Triton would synchronise the warps once more.
     mbarrier.wait(q_full, q_phase)
@@ -239,7 +239,7 @@ def _consume(
         start_m = block * BLOCK_M + w * ROWS
         acc = chunks.zeros(WIDTH_DV)
         m_i = gl.full([ROWS], FLOOR, gl.float32, gl.SliceLayout(1, first_layout))
-        l_i = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, first_layout))
+        l_i = gl.zeros([ROWS, QUAD], gl.float32, PARTS)
 
         place = w * Q_STAGES + turn % Q_STAGES
         q = q_smem.index(place)._reinterpret(q_smem.dtype, [ROWS, BLOCK_D], q_layout)
@@ -280,10 +280,9 @@ def _consume(
                         first_layout)  # fmt: skip
         if HAS_TERMS:
             s += gl.load(own_terms + first + gl.arange(0, first_keys, gl.SliceLayout(0, first_layout)))[None, :]
-        weights, _, m_i, l_i = softmax(s, m_i, l_i, qk_scale, offset, RANK > 0)
+        weights, _, m_i, l_i = softmax(s, m_i, l_i, qk_scale, offset, RANK > 0, first_keys, first_layout)
         p = gl.convert_layout(weights.to(v_smem.dtype), chunks.weights_layout(WIDTH_DV))
         m_i = gl.convert_layout(m_i, rows)
-        l_i = gl.convert_layout(l_i, rows)
         q_code = gl.convert_layout(q_code, rows)
         step += 1
         if O_IN_Q and Q_STAGES > 1:
@@ -319,8 +318,9 @@ def _consume(
         v = v_smem.index(stage)._reinterpret(v_smem.dtype, [BLOCK_N, BLOCK_DV], v_layout)
         acc = chunks.settled(chunks.add(acc, p, v, WIDTH_DV), 0)
 
-        l_safe = gl.where(l_i == 0.0, 1.0, l_i)
-        lse = gl.where(l_i == 0.0, float("-inf"), (m_i + gl.log2(l_safe)) * LN2)
+        total = gl.convert_layout(gl.sum(l_i, 1), rows)
+        l_safe = gl.where(total == 0.0, 1.0, total)
+        lse = gl.where(total == 0.0, float("-inf"), (m_i + gl.log2(l_safe)) * LN2)
         acc = chunks.scaled(acc, 1.0 / l_safe, WIDTH_DV)
         if O_IN_Q:
             if IS_VARLEN:

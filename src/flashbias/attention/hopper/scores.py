@@ -82,13 +82,30 @@ def tile_offset(centring, start_n, RANK: gl.constexpr, rows: gl.constexpr):
     return offset * LOG2E
 
 
+QUAD = gl.constexpr(4)
+"""Lanes that share a row of a tile; each holds two of every eight columns."""
+
+PARTS = gl.constexpr(
+    gl.DistributedLinearLayout(
+        reg_bases=[[8, 0]],
+        lane_bases=[[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[64, 4],
+    )
+)
+"""Layout of what each lane has of its rows, `[64, 4]`."""
+
+
 @jit
-def softmax(s, m_i, l_i, qk_scale, offset, HAS_OFFSET: gl.constexpr):
+def softmax(s, m_i, l_i, qk_scale, offset, HAS_OFFSET: gl.constexpr, KEYS: gl.constexpr, s_layout: gl.constexpr):
     """Weights of a tile, and what the sums so far are to be multiplied by.
 
-    An offset of a row goes into what its scores are measured from: each still costs one multiply-add.
+    An offset of a row goes into what its scores are measured from: each still costs one multiply-add. Sums `l_i` are
+    those of each lane, which meet at the end of a walk.
     """
-    top = gl.max(s, 1) * qk_scale
+    own = gl.max(gl.max(s.reshape([ROWS, KEYS // (2 * QUAD), QUAD, 2]), 3), 1)
+    top = gl.convert_layout(gl.max(own, 1), gl.SliceLayout(1, s_layout)) * qk_scale
     if HAS_OFFSET:
         top += offset
     m_new = gl.maximum(m_i, top)
@@ -97,5 +114,6 @@ def softmax(s, m_i, l_i, qk_scale, offset, HAS_OFFSET: gl.constexpr):
     if HAS_OFFSET:
         base -= offset
     p = exp2(s * qk_scale - base[:, None])
-    l_i = l_i * alpha + gl.sum(p, 1)
+    own = gl.sum(gl.sum(p.reshape([ROWS, KEYS // (2 * QUAD), QUAD, 2]), 3), 1)
+    l_i = l_i * gl.convert_layout(alpha, gl.SliceLayout(1, PARTS))[:, None] + gl.convert_layout(own, PARTS)
     return p, alpha, m_new, l_i
