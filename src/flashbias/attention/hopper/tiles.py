@@ -5,8 +5,8 @@ What it is about is handed on in groups:
 - `deal`: units, whole ones, parts, tiles of keys of a part, blocks of queries of a pair, pairs that are dealt together;
 - `batch`: starts of packed queries and of packed keys, pairs or packed sequences, heads, queries, keys, shift of the
   diagonal (of packed ones whether their ends are aligned);
-- `queue`: the counter from which programs draw units of a packed batch, and how the loading warp tells the others: two
-  slots of shared memory, with barriers for what has been told and heard.
+- `queue`: the counter from which programs draw units, those of packed batches and those whose additions have an order,
+  and how the loading warp tells the others: two slots of shared memory, with barriers for what has been told and heard.
 """
 
 # Gluon is untyped: jitted functions take and return what annotations cannot say.

@@ -9,6 +9,7 @@ What they are about is handed on in groups, beside those of `tiles.py`:
 - `table`: address, from one head's to the next, entries on each side of the middle one, codes of queries and keys.
 - `of_queries`: buffers of queries, dO, factors, log-sum-exp and delta.
 - `of_keys`: buffers of keys, values, factors, and of what dphi_q is summed from.
+- `over_keys`, `over_queries`: boxes and buffers of dq and dphi_q, of dk, dv and dphi_k.
 - `barriers`: keys are there, are free; queries are there, are free; dS is there, is free.
 """
 
