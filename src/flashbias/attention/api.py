@@ -68,8 +68,8 @@ def attention(
         dropout_p: probability of dropping an attention weight.
         impl: "auto", "hopper", "triton", "sdpa" or "reference". A named one is used or raises; it never falls back.
         deterministic: require bitwise repeatable gradients; outputs always are. Only the backward pass of "hopper"
-            adds in an order that varies, and with True leaves the work to that of "triton". Default:
-            `torch.are_deterministic_algorithms_enabled()`.
+            adds in an order that varies; with True it adds in one, which takes somewhat longer, or leaves the work to
+            that of "triton". Default: `torch.are_deterministic_algorithms_enabled()`.
         return_lse: also return the natural log-sum-exp of the full scores, bias included.
 
     Returns:

@@ -7,8 +7,9 @@ may be next, by a seeded draw. So a run is repeatable, many seeds are many order
 - shared memory is written while a product in flight, or the copy engine, still reads it.
 
 Columns of a box that lie a whole instruction past the end of a row are NaN here, where the copy engine fills in zeros:
-nobody needs to multiply them. Loads of the copy engine write at once, the earliest that they can. Registers, layouts
-and proxies are not checked.
+nobody needs to multiply them. Programs run one after the other, but at the same time where their additions have an
+order: then the copy engine adds at once or when the sum is waited for, by the draw. Its loads write at once, the
+earliest that they can. Registers, layouts and proxies are not checked.
 """
 
 from __future__ import annotations
@@ -322,6 +323,9 @@ class Device:
     def __init__(self, seed: int) -> None:
         self.turns = Turns(seed)
         self.program, self.programs = Int(0), Int(1)
+        self.is_ordered = False
+        self.started: list[tuple[Int, Callable[[], None]]] = []
+        self.adding: dict[str, list[Callable[[], Any]]] = {}
         self.in_flight: dict[str, list[list[Cell]]] = {}
         self.copies: dict[str, list[Cell]] = {}
         self.gl = SimpleNamespace(
@@ -332,7 +336,7 @@ class Device:
             minimum=_either(torch.minimum, min), maximum=_either(torch.maximum, max), where=self._where,
             max=lambda x, axis: _number(x.amax(axis)), sum=lambda x, axis: x.sum(axis), log2=torch.log2,
             load=_load, store=_store, convert_layout=lambda x, layout: x,
-            program_id=lambda axis: self.program, num_programs=lambda axis: self.programs,
+            program_id=lambda axis: self._program(), num_programs=lambda axis: self.programs,
             allocate_shared_memory=self._allocate, warp_specialize=self._warp_specialize,
             NVMMADistributedLayout=lambda *_: None, SliceLayout=lambda *_: None, DotOperandLayout=lambda *_: None,
             BlockedLayout=lambda *_: None, SharedLinearLayout=lambda **_: None, SwizzledSharedLayout=lambda *_: None,
@@ -343,7 +347,8 @@ class Device:
 
     @staticmethod
     def _where(condition: Any, a: Any, b: Any) -> Any:
-        return torch.where(condition, a, b) if isinstance(condition, Tensor) else (a if condition else b)
+        is_one = not isinstance(condition, Tensor) or condition.dim() == 0
+        return (a if condition else b) if is_one else torch.where(condition, a, b)
 
     def _allocate(self, dtype: Any, shape: Sequence[int], layout: Any) -> Any:
         if layout is Barrier:
@@ -391,8 +396,31 @@ class Device:
             x = view.part(box.flat(view.cell.content).view(-1, box.columns))
             assert len(x) == box.rows
         inside, x = box.target(place, x)
-        inside.add_(x)
+        if self.is_ordered and self.turns.draw.random() < 0.5:
+            later = x.clone()
+            # What is added to slabs has an order; the rest may come as late as the end of the kernel.
+            name = threading.current_thread().name if box.flat is not None else ""
+            self.adding.setdefault(name, []).append(lambda: inside.add_(later))
+        else:
+            inside.add_(x)
         self._read_by_engine(view.cell)
+
+    def ticket(self, counter: Pointer) -> Int:
+        """Draw the next number."""
+        drawn = Int(int(counter.x[counter.index]))
+        counter.x[counter.index] += 1
+        self.turns.wait()
+        return drawn
+
+    def await_turn(self, place: Pointer, turn: int) -> None:
+        self.turns.wait(lambda: int(place.x[place.index]) >= turn)
+
+    def hand_over(self, place: Pointer, turn: int) -> None:
+        for add in self.adding.pop(threading.current_thread().name, []):
+            add()
+        self.turns.wait()
+        if turn > 0:
+            place.x[place.index] = turn
 
     def _read_by_engine(self, cell: Cell) -> None:
         cell.readers += 1
@@ -421,7 +449,23 @@ class Device:
         return deps[0] if len(deps) == 1 else tuple(deps)
 
     def _warp_specialize(self, partitions: Sequence[tuple[Any, tuple[Any, ...]]], warps: Any, registers: Any) -> None:
-        self.turns.run([lambda f=f, arguments=arguments: f(*arguments) for f, arguments in partitions])
+        bodies = [lambda f=f, arguments=arguments: f(*arguments) for f, arguments in partitions]
+        if self.is_ordered:
+            self.started += [(self.program, body) for body in bodies]
+        else:
+            self.turns.run(bodies)
+
+    def _program(self) -> Int:
+        """Whose thread this is."""
+        name = threading.current_thread().name
+        return self.started[int(name)][0] if self.is_ordered and name.isdigit() else self.program
+
+    def run_together(self) -> None:
+        """Run all programs that have been started."""
+        self.turns.run([body for _, body in self.started])
+        for add in self.adding.pop("", []):
+            add()
+        assert not any(self.adding.values()), "a sum is not waited for"
 
 
 class _Either(View):
@@ -446,6 +490,7 @@ def on_host(device: Device, modules: Sequence[ModuleType]) -> Iterator[pytest.Mo
         "gl": device.gl, "mbarrier": device.mbarrier, "load": device.load, "store": device.store,
         "reduce_add": device.reduce_add, "store_wait": device.store_wait, "fence_async_shared": device.fence,
         "warpgroup_mma": device.warpgroup_mma, "warpgroup_mma_wait": device.warpgroup_mma_wait, "exp2": torch.exp2,
+        "ticket": device.ticket, "await_turn": device.await_turn, "hand_over": device.hand_over,
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         for module in modules:
@@ -466,7 +511,7 @@ def _held(x: Any) -> Any:
 
 
 class Launched:
-    """A kernel that runs on the host, program after program."""
+    """A kernel that runs on the host, program after program, or all at once where additions have an order."""
 
     def __init__(self, function: Callable[..., None], device: Device) -> None:
         self.function, self.device = function, device
@@ -477,8 +522,11 @@ class Launched:
             for name in ("num_warps", "maxnreg"):
                 constants.pop(name)
             constants |= {name: _held(x) for name, x in constants.items() if name.islower()}
+            self.device.is_ordered = constants.get("REPEATABLE", False)
             for program in range(grid[0]):
                 self.device.program, self.device.programs = Int(program), Int(grid[0])
                 self.function(*held, **constants)
+            if self.device.is_ordered:
+                self.device.run_together()
 
         return launch

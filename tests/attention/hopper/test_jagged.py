@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,7 +30,8 @@ if INTERPRETED:
 
 from triton.runtime.jit import JITFunction
 
-from flashbias.attention.hopper import tiles
+from flashbias.attention.hopper import tiles, walks
+from flashbias.attention.hopper.configs import SLAB
 from flashbias.attention.hopper.operands import FAR, packed
 
 CAUSAL = Band(0, -1, 0)
@@ -63,8 +64,8 @@ class Slots(dict[int, Any]):
 
 
 @contextmanager
-def on_host() -> Iterator[SimpleNamespace]:
-    """Functions of `tiles.py` as Python, for the program that this names; tickets are drawn from one counter."""
+def on_host(*more: ModuleType) -> Iterator[SimpleNamespace]:
+    """Functions of `tiles.py` and more as Python, for the program that this names; tickets come from one counter."""
     chosen = SimpleNamespace(place=0, count=1, tickets=itertools.count())
     host = SimpleNamespace(
         load=load, minimum=min, maximum=max, where=lambda condition, a, b: a if condition else b,
@@ -72,10 +73,12 @@ def on_host() -> Iterator[SimpleNamespace]:
         program_id=lambda axis: chosen.place, num_programs=lambda axis: chosen.count,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        for name, function in list(vars(tiles).items()):
-            if isinstance(function, JITFunction):
-                patch.setattr(tiles, name, function.fn)
-        patch.setattr(tiles, "gl", host)
+        for module in (tiles, *more):
+            for name, function in list(vars(module).items()):
+                if isinstance(function, JITFunction):
+                    patch.setattr(module, name, function.fn)
+            patch.setattr(module, "gl", host)
+            patch.setattr(module, "SLAB", SLAB)
         patch.setattr(tiles, "FAR", FAR)
         patch.setattr(tiles, "mbarrier", SimpleNamespace(wait=lambda *_: None, arrive=lambda *_: None))
         patch.setattr(tiles, "ticket", lambda pointer: next(chosen.tickets))
@@ -138,6 +141,30 @@ def units_of(
                 yield unit
 
 
+def key_units(
+    place: int, plan: Schedule, cu_q: Tensor, cu_k: Tensor, kv_heads: int, rows: int, bottom_right: bool
+) -> Iterator[tuple[int, Any]]:
+    """Sequence and place of each unit of the backward pass that one program takes, told by its loading warp."""
+    with on_host(walks) as program:
+        program.place, program.count = place, plan.programs
+        program.tickets = itertools.count() if place == 0 else itertools.count(10**6)
+        queue = (None, Slots(), Slots(), Slots())
+        deal = (plan.units, 0, len(cu_k) - 1, 0)
+        batch = (Pointer(cu_k), Pointer(cu_q), kv_heads, 1, 0, 0)
+        walk = told = (-1, 0)
+        for turn in itertools.count():
+            unit, walk, turns = walks.next_unit(turn, walk, 0, deal, batch, queue, True, False, rows)
+            heard, told, also = walks.told_unit(turn, told, 0, deal, batch, queue, True, False, rows)
+            assert (heard, also) == (unit, turns)
+            if turns == turn:
+                return
+            assert told == walk
+            place = walks.place_of_keys(
+                turn, unit, walk, deal, batch, int(bottom_right), True, False, False, False, rows
+            )
+            yield walk[0], place
+
+
 def starts(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
 
@@ -196,6 +223,59 @@ class TestUnits:
                 total += cost
                 heapq.heappush(running, (time + cost, place, chosen))
         assert max(ends) <= 1.06 * total / plan.programs
+
+
+class TestKeyUnits:
+    """Blocks of keys, as the backward pass deals them."""
+
+    @settings(deadline=None, max_examples=60)
+    @given(
+        lengths=st.lists(st.tuples(st.integers(0, 70), st.integers(0, 70)), min_size=1, max_size=12),
+        kv_heads=st.integers(1, 5),
+        rows=st.sampled_from([4, 16, 64]),
+        programs=st.integers(1, 9),
+        bottom_right=st.booleans(),
+    )
+    def test_every_block_of_every_head_is_dealt_once(
+        self, lengths: list[tuple[int, int]], kv_heads: int, rows: int, programs: int, bottom_right: bool
+    ) -> None:
+        lengths_q, lengths_k = ([pair[side] for pair in lengths] for side in range(2))
+        cu_q, cu_k = starts(lengths_q), starts(lengths_k)
+        plan = jagged(sum(lengths_k), len(lengths), kv_heads, rows, programs)
+        seen = Counter()
+        for place in range(plan.programs):
+            for s, (b, hk, block, blocks, queries, keys, diagonal, slab) in key_units(
+                place, plan, cu_q, cu_k, kv_heads, rows, bottom_right
+            ):
+                seen[s, hk, block] += 1
+                n, m = lengths[s]
+                assert (b, blocks) == (0, -(-m // rows))
+                assert queries == (cu_q[s], n, cu_q[s + 1], FAR - n)
+                assert keys == (cu_k[s], m, cu_k[s + 1], FAR - m)
+                assert diagonal == (m - n if bottom_right else 0)
+                assert slab == cu_q[s] // SLAB + s
+        blocks = [
+            (s, h, block) for s, m in enumerate(lengths_k) for h in range(kv_heads) for block in range(-(-m // rows))
+        ]
+        # Programs run one after the other here: the first one takes all that the others do not begin with.
+        assert seen == Counter(blocks)
+
+    @pytest.mark.parametrize(
+        "lengths", [[2048] * 8, [4096] * 4, [100, 4000, 900, 2500, 50, 3100] * 2, [8000] + [300] * 40]
+    )
+    @pytest.mark.parametrize("heads", [8, 16, 40])
+    @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+    def test_programs_are_equally_busy(self, is_causal: bool, heads: int, lengths: list[int]) -> None:
+        """Whoever is done first claims the next unit."""
+        keys, programs = 128, 132
+        ends, total = [0.0] * programs, 0.0
+        for n in lengths:
+            for block in range(-(-n // keys)):
+                cost = OVERHEAD + -(-n // SLAB) - (block * keys // SLAB if is_causal else 0)
+                total += heads * cost
+                for _ in range(heads):
+                    heapq.heapreplace(ends, ends[0] + cost)
+        assert max(ends) <= 1.06 * total / programs
 
 
 # -------------------------------------------------------------------- boxes, on the host

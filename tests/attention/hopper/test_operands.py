@@ -226,6 +226,79 @@ class TestChosen:
         assert ops.is_tile_centred
         assert (backward.chosen(ops, (True, True, True, *needs, False)) is not None) == is_fused
 
+    @pytest.mark.parametrize(
+        ("changes", "is_fused"),
+        [
+            ({"mask": torch.ones(2, 1, 1, 256, dtype=torch.bool)}, True),
+            ({"mask": torch.ones(HEADS, 1, 256, dtype=torch.bool)}, True),
+            ({"table": torch.zeros(HEADS, 9)}, True),
+            ({"mask": torch.ones(1, 256, dtype=torch.bool), "table": torch.zeros(HEADS, 9)}, True),
+            ({"table": torch.zeros(HEADS, 9), "head_dim": 80}, False),
+            ({"mask": torch.ones(1, 256, dtype=torch.bool), "head_dim": 80}, True),
+        ],
+        ids=["mask", "mask of heads", "table", "table and mask", "table beside wide heads", "mask beside wide heads"],
+    )
+    def test_tables_and_masks(self, changes: dict[str, Any], is_fused: bool) -> None:
+        q, k, v = torch.zeros(3, 2, HEADS, 256, changes.get("head_dim", D), dtype=torch.bfloat16)
+        phi = torch.zeros(HEADS, 256, 4)
+        table, mask = changes.get("table"), changes.get("mask")
+        ops = HopperOperands.of(
+            q, k, v, phi, phi, table, None, None, mask, *[None] * 3, 256, 256, [], 0.25, -1, -1, False, 0.0
+        )
+        assert (backward.chosen(ops, (True, True, True, True, True, False)) is not None) == is_fused
+
+    @pytest.mark.parametrize(
+        ("head_dim", "is_fused"), [(16, False), (64, False), (80, True), (128, True), (136, False)]
+    )
+    def test_packed(self, head_dim: int, is_fused: bool) -> None:
+        """Wide heads, as in the forward pass; narrow ones were not measured, and additions have no order there."""
+        q, k, v = torch.zeros(3, HEADS, 500, head_dim, dtype=torch.bfloat16)
+        phi, cu = torch.zeros(HEADS, 500, 4), torch.tensor([0, 200, 500], dtype=torch.int32)
+        ops = HopperOperands.of(q, k, v, phi, phi, *[None] * 4, cu, cu, None, 300, 300, [], 0.25, -1, -1, False, 0.0)
+        assert (backward.chosen(ops, (True, True, True, True, True, False)) is not None) == is_fused
+
+    @pytest.mark.parametrize("head_dim", [32, 80])
+    def test_packed_tables(self, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Codes begin elsewhere in each sequence."""
+        monkeypatch.setattr(backward, "is_slower", lambda *_: False)
+        q, k, v = torch.zeros(3, HEADS, 500, head_dim, dtype=torch.bfloat16)
+        cu, needs = torch.tensor([0, 200, 500], dtype=torch.int32), (True, True, True, False, False, True)
+        for table, is_fused in ((None, True), (torch.zeros(HEADS, 9), False)):
+            ops = HopperOperands.of(
+                q, k, v, None, None, table, *[None] * 3, cu, cu, None, 300, 300, [], 0.25, -1, -1, False, 0.0
+            )
+            assert (backward.chosen(ops, needs) is not None) == is_fused
+            assert backward.chosen(ops, needs, repeatable=True) is None
+
+    def test_wide_shared_factors_beside_a_mask(self) -> None:
+        """The kernel that sums dS over all who share a factor knows no mask: then each pair makes its own products."""
+        q, k, v = torch.zeros(3, 10, HEADS, 256, D, dtype=torch.bfloat16)
+        phi, mask = torch.zeros(HEADS, 256, 40), torch.ones(10, 1, 1, 256, dtype=torch.bool)
+        for own, is_apart in ((None, True), (mask, False)):
+            ops = HopperOperands.of(
+                q, k, v, phi, phi, *[None] * 3, own, *[None] * 3, 256, 256, [], 0.25, -1, -1, False, 0.0
+            )
+            assert backward.are_summed_apart(ops) == is_apart
+
+
+class TestTerms:
+    """0 where a key is shown, -inf where it is hidden, or past the end; of each tile the largest."""
+
+    @pytest.mark.parametrize("own", [(2, HEADS), (1, 1), (2, 1)], ids=str)
+    @pytest.mark.parametrize("keys", [128, 192])
+    def test_terms(self, keys: int, own: tuple[int, ...]) -> None:
+        m = 300
+        mask = torch.rand(*own, 1, m) < 0.5
+        mask[..., :keys] &= torch.tensor(own[0] == 2).expand(own[0], *(1,) * 3)
+        q, k, v = (torch.zeros(2, HEADS, n, D, dtype=torch.bfloat16) for n in (70, m, m))
+        ops = HopperOperands.of(q, k, v, *[None] * 5, mask, *[None] * 3, 70, m, [], 0.25, -1, -1, False, 0.0)
+        terms, most = ops.tile_terms(keys)
+        assert terms is not None and most is not None
+        shown = torch.nn.functional.pad(mask.flatten(0, 2), (0, terms.shape[-1] - m))
+        assert terms.shape[-1] % keys == 0
+        assert torch.equal(terms, torch.where(shown, 0.0, -torch.inf))
+        assert torch.equal(most == 0, shown.unflatten(-1, (-1, keys)).any(-1))
+
 
 def own_index(bh: int, s1: int, v2: int, s2: int) -> int:
     """By the arithmetic of the kernel."""

@@ -6,6 +6,8 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tests.conftest import INTERPRETED
 
 pytest.importorskip("triton.experimental.gluon", reason="this release of triton has no Gluon")
@@ -61,6 +63,42 @@ def check_unfolding(device: str, width: int, columns: int, is_turned: bool) -> N
     torch.testing.assert_close(grad.cpu(), 0.5 * exact[:, :, :n, :held], rtol=0, atol=0)
 
 
+def check_unfolding_packed(device: str, lengths: list[int], width: int, columns: int) -> None:
+    """Every row of every sequence from its own slabs; what lies in the rest of these, and in empty ones, is NaN."""
+    h, t, held = 3, sum(lengths), width - 8
+    cu = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    sums = slabs.packed_zeros(h, t, len(lengths), width, columns, torch.device(device)).fill_(torch.nan)
+    exact = torch.randn(h, t, width)
+    order = torch.tensor([[index(i, j) for j in range(columns)] for i in range(SLAB)])
+    for s, (start, n) in enumerate(zip(cu.tolist(), lengths, strict=False)):
+        first = start // SLAB + s
+        for tile, part in itertools.product(range(-(-n // SLAB)), range(width // columns)):
+            rows = exact[:, start + tile * SLAB : min(start + (tile + 1) * SLAB, start + n)]
+            numbers = rows[..., part * columns : (part + 1) * columns].to(device)
+            assert sums[:, first + tile, part, order[: rows.shape[1]].to(device)].isnan().all(), "a slab has two owners"
+            sums[:, first + tile, part, order[: rows.shape[1]].to(device)] = numbers
+    out = torch.full((1, h, t, held), torch.nan, device=device)
+    slabs.unfold(sums, out, 0.5, cu.to(device))
+    torch.testing.assert_close(out[0].cpu(), 0.5 * exact[..., :held], rtol=0, atol=0)
+
+
+LENGTHS = [[100], [64, 64, 64], [1, 63, 64, 65, 127, 128, 129], [0, 5, 0, 0, 200, 0], [63] * 9, [1] * 70, [0, 0]]
+
+
+@settings(deadline=None)
+@given(lengths=st.lists(st.integers(0, 300), min_size=1, max_size=40))
+def test_sequences_have_slabs_of_their_own(lengths: list[int]) -> None:
+    """One after the other, and as many as there is room for."""
+    starts = [0, *itertools.accumulate(lengths)]
+    end = 0
+    for s, n in enumerate(lengths):
+        first = starts[s] // SLAB + s
+        assert first >= end
+        end = first + -(-n // SLAB)
+    made = slabs.packed_zeros(2, starts[-1], len(lengths), 16, 16, torch.device("cpu"))
+    assert end <= made.shape[1] == starts[-1] // SLAB + len(lengths)
+
+
 CASES = [(16, 16, False), (32, 32, True), (64, 64, False), (128, 64, False)]
 
 
@@ -69,6 +107,21 @@ CASES = [(16, 16, False), (32, 32, True), (64, 64, False), (128, 64, False)]
 @pytest.mark.parametrize(("width", "columns", "is_turned"), CASES)
 def test_unfold(width: int, columns: int, is_turned: bool) -> None:
     check_unfolding("cpu", width, columns, is_turned)
+
+
+@pytest.mark.interpreter
+@pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter is off")
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize(("width", "columns"), [(16, 16), (128, 64)])
+def test_unfold_packed(lengths: list[int], width: int, columns: int) -> None:
+    check_unfolding_packed("cpu", lengths, width, columns)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize(("width", "columns"), [(16, 16), (128, 64)])
+def test_unfold_packed_on_a_gpu(lengths: list[int], width: int, columns: int) -> None:
+    check_unfolding_packed("cuda", lengths, width, columns)
 
 
 @pytest.mark.gpu

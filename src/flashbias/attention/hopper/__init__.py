@@ -35,7 +35,7 @@ SHORT = 128
 """Queries that do not fill one tile."""
 
 NARROW_IF_PACKED = 64
-"""Width of heads up to which packed batches gained little or lost against the portable kernels."""
+"""Width of heads up to which packed batches gained little or lost, forward; gradients go by it until measured."""
 
 FEWEST_QUERIES = 17
 """Fewer queries than this leave most of a tile empty."""

@@ -50,6 +50,9 @@ HELD = 64
 BARRIERS = 1024
 """Bytes set aside for barriers and alignment."""
 
+QUEUE = 512
+"""Bytes set aside for telling units that are drawn."""
+
 
 class Warpgroups:
     """How many registers the warpgroups of a program have."""
@@ -191,6 +194,7 @@ class BackwardConfig:
         is_wide: whether heads are too wide for a warpgroup that makes dq.
         holds_phi: whether factors of the keys are held in registers too.
         is_centred: whether phi_k is centred tile by tile: the loading warp then makes the offsets of a tile of keys.
+        draws: whether programs draw units one after the other: the loading warp then tells the others which is next.
     """
 
     consumers: int
@@ -199,6 +203,7 @@ class BackwardConfig:
     is_wide: bool
     holds_phi: bool = False
     is_centred: bool = False
+    draws: bool = False
 
     @property
     def registers(self) -> int:
@@ -226,7 +231,13 @@ class BackwardConfig:
 
 
 def backward_config(
-    block_d: int, block_dv: int, block_r: int, block_g: int, is_centred: bool = False, has_table: bool = False
+    block_d: int,
+    block_dv: int,
+    block_r: int,
+    block_g: int,
+    is_centred: bool = False,
+    has_table: bool = False,
+    draws: bool = False,
 ) -> BackwardConfig | None:
     """Pick the tile shape of the fused backward pass; None where there is none.
 
@@ -240,6 +251,7 @@ def backward_config(
         block_g: columns of the factors' gradients, 0 where none is needed.
         is_centred: whether phi_k is centred tile by tile.
         has_table: whether scores start from entries of a table, whose addresses take registers too.
+        draws: whether programs draw units, as those of packed batches and those whose additions have an order.
     """
     width = max(block_d, block_dv)
     is_wide = width > ROWS
@@ -253,6 +265,7 @@ def backward_config(
         is_wide=is_wide,
         holds_phi=NARROWEST < width <= 32 and 0 < block_r <= HELD,
         is_centred=is_centred,
+        draws=draws,
     )
     while backward_bytes(config, block_d, block_dv, block_r, block_g) > SHARED_MEMORY:
         if config.stages > 2:
@@ -280,4 +293,4 @@ def backward_bytes(config: BackwardConfig, block_d: int, block_dv: int, block_r:
         halves += block_n * block_g * config.kv_stages
         rows += config.consumers % 2
     singles = SLAB * (2 * config.dq_columns(block_d) + block_g) + block_n * block_g + rows * config.stages * SLAB
-    return 2 * halves + 4 * singles + BARRIERS
+    return 2 * halves + 4 * singles + BARRIERS + (QUEUE if config.draws else 0)

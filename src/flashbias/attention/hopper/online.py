@@ -17,7 +17,6 @@ from flashbias.attention.hopper.gluon import (
 )
 from flashbias.attention.hopper.scores import PARTS, QUAD, centring_of, first_terms, masked, softmax, tile_offset
 from flashbias.attention.hopper.tiles import (
-    LANES,
     ROWS,
     boxes,
     claimed,
@@ -29,6 +28,7 @@ from flashbias.attention.hopper.tiles import (
     part_of,
     place_in_batch,
     store_rows,
+    unit_slots,
 )
 from flashbias.attention.triton.scores import FLOOR, LN2, LOG2E
 
@@ -403,12 +403,7 @@ def _fwd_kernel(
     queue = (counter_ptr, order, order, order)
     if IS_VARLEN:
         # Which unit comes next, as the loading warp tells the others.
-        unit_smem = gl.allocate_shared_memory(gl.int32, [2, LANES], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-        told = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-        heard = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-        for slot in gl.static_range(2):
-            mbarrier.init(told.index(slot), count=1)
-            mbarrier.init(heard.index(slot), count=CONSUMERS)
+        unit_smem, told, heard = unit_slots(CONSUMERS)
         queue = (counter_ptr, unit_smem, told, heard)
     fence_async_shared()
     qk_scale = scale * LOG2E

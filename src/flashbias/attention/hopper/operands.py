@@ -202,6 +202,11 @@ class HopperOperands(Operands):
         terms[:, : self.seqlen_k].masked_fill_(shown, 0.0)
         return terms
 
+    def tile_terms(self, keys: int) -> tuple[Tensor | None, Tensor | None]:
+        """`key_terms`, and of each tile the largest one, `[F, tiles]`: -inf where all of its keys are hidden."""
+        terms = self.key_terms(keys)
+        return terms, None if terms is None else terms.unflatten(-1, (-1, keys)).amax(-1)
+
     @property
     def table_over_scale(self) -> Tensor | None:
         """`[H or 1, T]`: scores are sums over scale, which start from it."""
@@ -239,8 +244,10 @@ class HopperOperands(Operands):
     def has_portable_gradients(self) -> bool:
         """Whether the fused backward pass lacks something that the forward pass can do."""
         width = max(self.block_d, self.block_dv)
-        is_wide = width > (128 if self.table is None else WIDEST_BESIDE_TABLE)
-        return is_wide or self.is_varlen or self.mask is not None
+        if self.table is None:
+            return width > 128
+        # Codes of packed queries and keys begin elsewhere in each sequence, which that kernel does not look up.
+        return width > WIDEST_BESIDE_TABLE or self.is_varlen
 
     @functools.cached_property
     def columns(self) -> int:
@@ -299,7 +306,7 @@ def packed(x: Tensor, rows: int, columns: int) -> Any:
     up lies in the tensor, as does the one that all are counted from.
 
     Args:
-        x: the tokens, at most 2^30, in half precision.
+        x: the tokens, at most 2^30, in elements of two bytes or of four.
         rows: rows of a box.
         columns: columns of a box.
 
@@ -311,7 +318,7 @@ def packed(x: Tensor, rows: int, columns: int) -> Any:
     _, heads, tokens, width = x.shape
     step = x.stride(2) if tokens > 1 else ALIGNMENT
     box = (1, 1, 1, rows, columns)
-    # F steps of 2^34 elements of two bytes are 2^65 bytes, which is nothing.
+    # F steps of 2^34 elements of two bytes are 2^65 bytes, which is nothing, and of four 2^66.
     strides = (2**34 - step, step, x.stride(1), step, 1)
     made = object.__new__(TensorDescriptor)
     attributes = _described(x.dtype, (_ANY, _ANY, heads, FAR, width), strides, box, layout_of(box, x.dtype))

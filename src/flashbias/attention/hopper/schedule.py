@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Band", "Schedule", "banded", "jagged", "unbanded"]
+__all__ = ["Band", "Schedule", "banded", "jagged", "ordered", "unbanded"]
 
 OVERHEAD = 2.0
 """What starting and ending a unit costs, in tiles of keys."""
@@ -36,6 +36,9 @@ MISS = 1.05
 
 LONG_ENOUGH = 64
 """Turns from which on every order is balanced."""
+
+ABREAST = 4
+"""Blocks of one pair that run at the same time where they wait for each other; each one more is later by a step."""
 
 MOST_TRIES = 12
 """Sizes of a group that are compared."""
@@ -167,16 +170,35 @@ def banded(
     return best
 
 
+@functools.lru_cache(maxsize=1024)
+def ordered(blocks: int, pairs: int, pair_bytes: int, programs: int) -> Schedule:
+    """Deal blocks that wait for the block before of the same pair; each program draws one after the other.
+
+    All pairs of a group have their first blocks drawn, then their second ones: so few blocks of one pair run at the
+    same time, and of those each waits for one that has been drawn before.
+
+    Args:
+        blocks: tiles of keys of one (batch, head of keys) pair.
+        pairs: (batch, head of keys) pairs.
+        pair_bytes: of queries and dO of one pair.
+        programs: multiprocessors.
+    """
+    wanted = max(CACHE // pair_bytes, math.ceil(programs / ABREAST))
+    groups = max(pairs // wanted, 1)
+    units = blocks * pairs
+    return Schedule(min(units, programs), units, units, heads=math.ceil(pairs / groups))
+
+
 def jagged(tokens: int, sequences: int, heads: int, rows: int, programs: int) -> Schedule:
     """Deal the blocks of a packed batch, whose lengths the host does not know: each program claims one after the other.
 
     All heads of a block come one after the other, sequence by sequence, so that what they read stays in the cache.
 
     Args:
-        tokens: queries of all sequences.
+        tokens: queries of all sequences; in the backward pass, which deals blocks of keys, keys.
         sequences: of the batch.
-        heads: query heads.
-        rows: queries of a tile.
+        heads: of queries, or of keys.
+        rows: queries, or keys, of a tile.
         programs: multiprocessors.
 
     Returns:

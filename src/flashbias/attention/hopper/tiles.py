@@ -5,8 +5,8 @@ What it is about is handed on in groups:
 - `deal`: units, whole ones, parts, tiles of keys of a part, blocks of queries of a pair, pairs that are dealt together;
 - `batch`: starts of packed queries and of packed keys, pairs or packed sequences, heads, queries, keys, shift of the
   diagonal (of packed ones whether their ends are aligned);
-- `queue`: the counter from which programs draw units of a packed batch, and how the loading warp tells the others: two
-  slots of shared memory, with barriers for what has been told and heard.
+- `queue`: the counter from which programs draw units, those of packed batches and those whose additions have an order,
+  and how the loading warp tells the others: two slots of shared memory, with barriers for what has been told and heard.
 """
 
 # Gluon is untyped: jitted functions take and return what annotations cannot say.
@@ -15,7 +15,7 @@ What it is about is handed on in groups:
 
 from flashbias.attention.hopper.configs import ROWS as _ROWS
 from flashbias.attention.hopper.configs import SLAB as _SLAB
-from flashbias.attention.hopper.gluon import gl, jit, load, mbarrier, store
+from flashbias.attention.hopper.gluon import gl, jit, load, mbarrier, reduce_add, store
 from flashbias.attention.hopper.operands import FAR as _FAR
 
 FAR = gl.constexpr(_FAR)
@@ -135,32 +135,57 @@ def ticket(counter_ptr):
 
 
 @jit
+def unit_slots(listeners: gl.constexpr):
+    """Two slots of shared memory in which units are told, and barriers for what has been told and heard."""
+    unit_smem = gl.allocate_shared_memory(gl.int32, [2, LANES], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    told = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    heard = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(2):
+        mbarrier.init(told.index(slot), count=1)
+        mbarrier.init(heard.index(slot), count=listeners)
+    return unit_smem, told, heard
+
+
+@jit
+def tell(turn, unit, queue):
+    """Tell the other warps which unit this turn has, -1 for none."""
+    _, unit_smem, told, heard = queue
+    slot = turn % 2
+    mbarrier.wait(heard.index(slot), ((turn // 2) & 1) ^ 1)
+    unit_smem.index(slot).store(gl.full([LANES], unit, gl.int32, gl.BlockedLayout([1], [LANES], [1], [0])))
+    mbarrier.arrive(told.index(slot))
+
+
+@jit
+def hear(turn, queue):
+    """Hear which unit this turn has."""
+    _, unit_smem, told, heard = queue
+    slot = turn % 2
+    mbarrier.wait(told.index(slot), (turn // 2) & 1)
+    unit = gl.max(unit_smem.index(slot).load(gl.BlockedLayout([1], [LANES], [4], [0])), 0)
+    mbarrier.arrive(heard.index(slot))
+    return unit
+
+
+@jit
 def claimed(turn, walk, batch, queue, BLOCK_M: gl.constexpr):
     """The next unit of a packed batch that no program has taken, -1 where none is left; told to the other warps.
 
     Nobody knows how many there are: the walk along the sequences ends at the last one.
     """
-    counter_ptr, unit_smem, told, heard = queue
     unit = gl.program_id(0)
     if turn > 0:
-        unit = gl.num_programs(0) + ticket(counter_ptr)
+        unit = gl.num_programs(0) + ticket(queue[0])
     sequence, end = seek(batch[0], batch[2], unit // batch[3], walk, BLOCK_M)
     unit = gl.where(sequence < batch[2], unit, -1)
-    slot = turn % 2
-    mbarrier.wait(heard.index(slot), ((turn // 2) & 1) ^ 1)
-    unit_smem.index(slot).store(gl.full([LANES], unit, gl.int32, gl.BlockedLayout([1], [LANES], [1], [0])))
-    mbarrier.arrive(told.index(slot))
+    tell(turn, unit, queue)
     return unit, (sequence, end)
 
 
 @jit
 def heard_of(turn, walk, batch, queue, BLOCK_M: gl.constexpr):
     """As `claimed`, for the warps that are told."""
-    _, unit_smem, told, heard = queue
-    slot = turn % 2
-    mbarrier.wait(told.index(slot), (turn // 2) & 1)
-    unit = gl.max(unit_smem.index(slot).load(gl.BlockedLayout([1], [LANES], [4], [0])), 0)
-    mbarrier.arrive(heard.index(slot))
+    unit = hear(turn, queue)
     return unit, seek(batch[0], batch[2], gl.maximum(unit, 0) // batch[3], walk, BLOCK_M)
 
 
@@ -194,12 +219,39 @@ def store_rows(desc, b, h, row, smem, IS_VARLEN: gl.constexpr):
 
 
 @jit
+def load_factor(desc, b, f, row, full, smem, IS_VARLEN: gl.constexpr):
+    """Load rows of a factor; of a packed sequence, so that what follows it is read as zeros."""
+    if IS_VARLEN:
+        load(desc, [FAR, b, f, row, 0], full, smem)
+    else:
+        load(desc, [f, row, 0], full, smem)
+
+
+@jit
+def add_factor(desc, b, f, row, smem, IS_VARLEN: gl.constexpr):
+    """Add rows to the gradient of a factor, of a packed sequence to its own rows alone."""
+    if IS_VARLEN:
+        reduce_add(desc, [FAR, b, f, row, 0], smem)
+    else:
+        reduce_add(desc, [f, row, 0], smem)
+
+
+@jit
 def boxes(desc, count: gl.constexpr, rows: gl.constexpr, columns: gl.constexpr, IS_VARLEN: gl.constexpr):
     """Shared memory for boxes of rows of one head."""
     if IS_VARLEN:
         return gl.allocate_shared_memory(desc.dtype, [count, 1, 1, 1, rows, columns], desc.layout)
     else:
         return gl.allocate_shared_memory(desc.dtype, [count, 1, 1, rows, columns], desc.layout)
+
+
+@jit
+def factor_boxes(desc, count: gl.constexpr, rows: gl.constexpr, columns: gl.constexpr, IS_VARLEN: gl.constexpr):
+    """Shared memory for boxes of rows of a factor."""
+    if IS_VARLEN:
+        return gl.allocate_shared_memory(desc.dtype, [count, 1, 1, 1, rows, columns], desc.layout)
+    else:
+        return gl.allocate_shared_memory(desc.dtype, [count, 1, rows, columns], desc.layout)
 
 
 @jit

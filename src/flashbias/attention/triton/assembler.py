@@ -51,15 +51,15 @@ def soundly_assembled(launch: Callable[..., None]) -> Callable[..., None]:
     """
 
     @functools.wraps(launch)
-    def run(*arguments: Any) -> None:
+    def run(*arguments: Any, **named: Any) -> None:
         if not is_faulty():
-            return launch(*arguments)
+            return launch(*arguments, **named)
         # Assigning to the knob would set an environment variable as well, for good and for other processes.
         settings = vars(knobs.nvidia)
         before = settings.copy()
         settings["ptxas"] = replacement()
         try:
-            launch(*arguments)
+            launch(*arguments, **named)
         finally:
             settings.clear()
             settings.update(before)
