@@ -39,6 +39,8 @@ def two_parts(x):
 
 @triton.jit
 def nearest_tf32(x):
-    """A float32 rounded to the 10 explicit bits of TF32, ties away from zero."""
+    """A float32 rounded to the 10 explicit bits of TF32, ties away from zero; NaN stays NaN."""
     bits = x.to(tl.uint32, bitcast=True)
-    return ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
+    rounded = ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
+    # A GPU's own NaN has all bits set: the addition makes zero of it.
+    return tl.where(x == x, rounded, x)
