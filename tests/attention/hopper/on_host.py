@@ -224,6 +224,7 @@ class Box:
     rows: int
     columns: int
     flat: Callable[[Tensor], Tensor] | None = None
+    multiplied: Callable[[int], int] = width_of
 
     @property
     def dtype(self) -> torch.dtype:
@@ -239,7 +240,7 @@ class Box:
     def empty(self) -> Tensor:
         """A box past the end of all rows."""
         found = torch.zeros(self.rows, self.columns, dtype=self.x.dtype)
-        found[:, width_of(self.x.shape[-1]) :] = torch.nan
+        found[:, self.multiplied(self.x.shape[-1]) :] = torch.nan
         return found
 
     def read(self, place: Sequence[int]) -> Tensor:

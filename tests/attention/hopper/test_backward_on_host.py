@@ -338,7 +338,7 @@ def computed(problem: Problem, leaves: dict[str, Tensor], scale: float, dout: Te
     with on_host(device, (fused, wide, chunks, walks, order, tiles, kernel_scores)) as patch:
         patch.setattr(backward, "multiprocessors", lambda _: problem.programs)
         patch.setattr(backward.portable, "rows_of", lambda *_: (lse2, deltas))
-        patch.setattr(backward, "descriptor", lambda t, r, c: Box(t, r, c))
+        patch.setattr(backward, "descriptor", lambda t, r, c: Box(t, r, c, multiplied=backward.multiplied))
         patch.setattr(backward, "matrix", lambda _: None)
         patch.setattr(backward, "layout_of", lambda *_: None)
         patch.setattr(

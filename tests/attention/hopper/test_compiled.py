@@ -219,7 +219,7 @@ SPILLS = {
     "128-packed-causal": {"12.9": (12, 592), "13.1": (40, 1152)},
     "128-packed-v-64": {"12.9": (0, 284), "13.1": (24, 576)},
     "256-packed-causal": {"12.9": (4, 0), "13.1": (132, 0)},
-    "48-causal": {"12.9": (112, 64), "13.1": (576, 152)},
+    "48-causal": {"12.9": (112, 68), "13.1": (576, 236)},
     "80": {"12.9": (0, 0), "13.1": (0, 80)},
     "80-alibi": {"12.9": (0, 16), "13.1": (0, 108)},
     "96": {"12.9": (0, 124), "13.1": (0, 360)},
@@ -264,7 +264,7 @@ ORDERED_SPILLS = {
     "128-centres-causal": {"12.9": 928, "13.1": 1496},
     "128-centres-frozen": {"12.9": 368, "13.1": 532},
     "128-centres-float16": {"12.9": 368, "13.1": 532},
-    "48-causal": {"13.1": 196},
+    "48-causal": {"13.1": 284},
     "80": {"13.1": 160},
     "80-alibi": {"13.1": 296},
     "96": {"13.1": 388},
@@ -426,7 +426,7 @@ def backward_products(ops: HopperOperands, config: BackwardConfig, needs_phi: bo
     warpgroup for its columns, and dphi_q by the first.
     """
     walks = 1 + (ops.window_left >= 0) + (ops.window_right >= 0)
-    width, width_v = width_of(ops.head_dim), width_of(ops.head_dim_v)
+    width, width_v = backward.multiplied(ops.head_dim), backward.multiplied(ops.head_dim_v)
     scores = (width + ops.columns + width_v) // STEP
     over_queries = (len(sums_of(width_v)) + len(sums_of(width)) + needs_phi) * SLAB // STEP  # dv, dk, dphi_k
     of_all_keys = config.consumers * ROWS // STEP
@@ -464,7 +464,7 @@ def test_ordered_backward_compiles(shape: Shape, compiler: Compiler) -> None:
     places = 2 * walks if config.is_wide else 1
     # One more at the end of each unit.
     assert (waits, hands) == (places, places + (2 if config.is_wide else 1))
-    width = width_of(shape.head_dim)
+    width = backward.multiplied(shape.head_dim)
     columns = [half_columns(width, columns_of(width), w) for w in range(2)]
     # Sums of dq in boxes of the fewest columns that a warpgroup has; dphi_q of one warpgroup, and dphi_k of each.
     boxes = walks * sum(own // min(columns) for own in columns) if config.is_wide else 1

@@ -169,7 +169,7 @@ def computed(
         patch.setattr(tiles, "ticket", lambda _: next(tickets))
         patch.setattr(backward, "multiprocessors", lambda _: problem.programs)
         patch.setattr(backward.portable, "rows_of", lambda *_: (lse2, deltas))
-        patch.setattr(backward, "packed", lambda t, r, c: PackedBox(t, r, c))
+        patch.setattr(backward, "packed", lambda t, r, c: PackedBox(t, r, c, multiplied=backward.multiplied))
         patch.setattr(backward, "matrix", lambda _: None)
         patch.setattr(backward, "layout_of", lambda *_: None)
         patch.setattr(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from flashbias.attention.hopper import NARROW_IF_PACKED, slabs
-from flashbias.attention.hopper.chunks import half_columns
+from flashbias.attention.hopper.chunks import half_columns, sum_count
 from flashbias.attention.hopper.configs import (
     NARROWEST,
     ROWS,
@@ -139,6 +139,15 @@ def is_slower(ops: HopperOperands, block_g: int, repeatable: bool = False) -> bo
     return block_g > (WIDEST_BESIDE if is_middling else NARROWEST)
 
 
+def multiplied(head_dim: int) -> int:
+    """Columns of a head that are multiplied: as many as are held where its sums are as wide anyway.
+
+    The chunks of 112 columns took more time, for their registers, than the products that they saved.
+    """
+    width = width_of(head_dim)
+    return width if sum_count(width) > 1 else columns_of(head_dim)
+
+
 def launch_as(
     config: BackwardConfig,
     ops: HopperOperands,
@@ -177,7 +186,7 @@ def launch_as(
     if config.is_centred and dpq is not None and factors is not None:
         summable = Summable.of(factors.raw_k, ops.q.dtype)
     sum_box = pk if summable is None else descriptor(summable.columns, ROWS, block_g)
-    width, width_v = width_of(ops.head_dim), width_of(ops.head_dim_v)
+    width, width_v = multiplied(ops.head_dim), multiplied(ops.head_dim_v)
     dq_box = slabs.box_of(dq, half_columns(width, ops.block_d, 1) if config.is_wide else dq_columns)
     dpq_box = dq_box if dpq is None else slabs.box_of(dpq, block_g)
     dpk_box = dq_box if dpk is None else _boxes_of_factor(ops, dpk, ROWS, block_g)
