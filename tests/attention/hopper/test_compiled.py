@@ -280,6 +280,7 @@ ORDERED_SPILLS = {
     "32-table-codes-tail": {"13.1": 12},
     "64-table-causal": {"13.1": 152},
     "64-table-factors": {"13.1": 228},
+    "64-table-codes-factors": {"13.1": 112},
     "64-mask-of-keys-table-causal": {"13.1": 160},
 }
 """The same of backward passes whose additions have an order."""
