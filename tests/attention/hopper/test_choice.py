@@ -231,7 +231,8 @@ class TestChoice:
             ({"n": 512, "m": 512, "head_dim": 32, "bias": factors(128, 512, 512), "scale": 0.1}, False),
             ({"n": 516, "m": 512, "head_dim": 128, "varlen": packed(4)}, False),
             ({"n": 512, "m": 512, "head_dim": 128, "varlen": packed(4)}, True),
-            ({"n": 516, "m": 512, "head_dim": 64, "varlen": packed(4)}, True),
+            ({"n": 516, "m": 512, "head_dim": 64, "varlen": packed(4)}, False),
+            ({"n": 516, "m": 512, "head_dim": 32, "varlen": packed(4)}, True),
         ],
         ids=str,
     )

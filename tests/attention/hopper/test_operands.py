@@ -248,7 +248,7 @@ class TestChosen:
         assert (backward.chosen(ops, (True, True, True, True, True, False)) is not None) == is_fused
 
     @pytest.mark.parametrize(
-        ("head_dim", "is_fused"), [(16, False), (64, False), (80, True), (128, True), (136, False)]
+        ("head_dim", "is_fused"), [(16, False), (32, False), (64, True), (80, True), (128, True), (136, False)]
     )
     def test_packed(self, head_dim: int, is_fused: bool) -> None:
         """Wide heads, as in the forward pass; narrow ones were not measured, and additions have no order there."""

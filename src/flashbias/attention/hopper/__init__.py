@@ -34,8 +34,8 @@ UNEVEN = 2
 SHORT = 128
 """Queries that do not fill one tile."""
 
-NARROW_IF_PACKED = 64
-"""Width of heads up to which packed batches gained little or lost, forward; gradients go by it until measured."""
+NARROW_IF_PACKED = 32
+"""Width of heads up to which packed batches were not measured against the portable kernels."""
 
 FEWEST_QUERIES = 17
 """Fewer queries than this leave most of a tile empty."""
