@@ -191,7 +191,7 @@ def launch_as(
     dpq_box = dq_box if dpq is None else slabs.box_of(dpq, block_g)
     dpk_box = dq_box if dpk is None else _boxes_of_factor(ops, dpk, ROWS, block_g)
     schedule, blocks, pairs = schedule_of(config, ops, repeatable)
-    kernel, own = _bwd_wide_kernel, {"DQ_COLUMNS": dq_columns}
+    kernel, own = _bwd_wide_kernel, {"DQ_COLUMNS": dq_columns, "WIDTH_D": width, "WIDTH_DV": width_v}
     if not config.is_wide:
         own = {
             "HOLDS_PHI": config.holds_phi, "KV_STAGES": config.kv_stages, "SUM_REGISTERS": config.sum_registers,
@@ -226,8 +226,6 @@ def launch_as(
         BLOCK_DV=ops.block_dv,
         BLOCK_R=ops.columns,
         BLOCK_G=block_g,
-        WIDTH_D=width,
-        WIDTH_DV=width_v,
         CONSUMERS=config.consumers,
         ALTERNATES=schedule.alternates,
         IS_VARLEN=ops.is_varlen,

@@ -95,15 +95,6 @@ def of(x, WIDTH: gl.constexpr):
 
 
 @jit
-def held(operand, layout: gl.constexpr):
-    """Chunks in registers."""
-    cut = ()
-    for n in gl.static_range(len(operand)):
-        cut = cut + (operand[n].load(layout),)
-    return cut
-
-
-@jit
 def issue(a, b, s, USE_ACC: gl.constexpr):
     """`s + a b^T`, or `a b^T`, in flight; one product for each chunk."""
     for n in gl.static_range(len(a)):

@@ -21,7 +21,6 @@ of a table; a mask of keys hides rows of P^T; packed sequences have blocks of ke
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportReturnType=false
 # pyright: reportAssignmentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
 
-from flashbias.attention.hopper import chunks
 from flashbias.attention.hopper.gluon import (
     fence_async_shared,
     gl,
@@ -68,8 +67,8 @@ def _walk(
     ds_smem, barriers, seqlen_k, band, qk_scale, IS_EDGE: gl.constexpr, HAS_TAIL: gl.constexpr, HAS_LEFT: gl.constexpr,
     HAS_RIGHT: gl.constexpr, HAS_TABLE: gl.constexpr, HAS_CODES: gl.constexpr, HAS_TERMS: gl.constexpr,
     HAS_PHI: gl.constexpr, SUM_DPK: gl.constexpr, CENTRES: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr,
-    BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr, WIDTH_D: gl.constexpr,
-    WIDTH_DV: gl.constexpr, q_layout: gl.constexpr, do_layout: gl.constexpr, pq_layout: gl.constexpr,
+    BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr,
+    q_layout: gl.constexpr, do_layout: gl.constexpr, pq_layout: gl.constexpr,
     CONSUMERS: gl.constexpr, REPEATABLE: gl.constexpr,
 ):  # fmt: skip
     """Walk over `count` tiles of queries from `first`, the one `turned` steps in at first."""
@@ -93,12 +92,12 @@ def _walk(
         do = do_smem.index(stage)._reinterpret(do_smem.dtype, [SLAB, BLOCK_DV], do_layout)
         pq = q
         zero = gl.zeros([ROWS, SLAB], gl.float32, s_layout)
-        s = chunks.issue(k, chunks.of(q, WIDTH_D), s, HAS_TABLE)
+        s = warpgroup_mma(k, q.permute((1, 0)), s, use_acc=HAS_TABLE, is_async=True)
         if HAS_PHI:
             pq = pq_smem.index(stage)._reinterpret(pq_smem.dtype, [SLAB, BLOCK_R], pq_layout)
             s = warpgroup_mma(pk, pq.permute((1, 0)), s, is_async=True)
-        dp = chunks.issue(v, chunks.of(do, WIDTH_DV), zero, False)
-        s = warpgroup_mma_wait(len(v), deps=[s])
+        dp = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(1, deps=[s])
         p = weights(s, lse_smem.index(stage * CENTRES + centre), shown, start_m, start_n, seqlen_k, band, qk_scale,
                     IS_EDGE, HAS_TAIL, HAS_LEFT, HAS_RIGHT, HAS_TERMS)  # fmt: skip
         p16 = gl.convert_layout(p.to(do_smem.dtype), gl.DotOperandLayout(0, dv_layout, 2))
@@ -234,7 +233,7 @@ def _consume(
     scale, owners_k, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_TAIL: gl.constexpr, HAS_TABLE: gl.constexpr,
     HAS_CODES: gl.constexpr, HAS_TERMS: gl.constexpr, HAS_PHI: gl.constexpr, SUM_DPK: gl.constexpr,
     CENTRES: gl.constexpr, STAGES: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr,
-    BLOCK_G: gl.constexpr, WIDTH_D: gl.constexpr, WIDTH_DV: gl.constexpr, q_layout: gl.constexpr,
+    BLOCK_G: gl.constexpr, q_layout: gl.constexpr,
     k_layout: gl.constexpr, v_layout: gl.constexpr, do_layout: gl.constexpr, pq_layout: gl.constexpr,
     pk_layout: gl.constexpr, dpk_layout: gl.constexpr, HOLDS_PHI: gl.constexpr, HAS_IDLE: gl.constexpr,
     CONSUMERS: gl.constexpr, KV_STAGES: gl.constexpr, ALTERNATES: gl.constexpr, IS_VARLEN: gl.constexpr,
@@ -276,9 +275,9 @@ def _consume(
         # First operands from registers: the matrix unit then reads shared memory for the second ones alone.
         place = slot * CONSUMERS + w
         k = k_smem.index(place)._reinterpret(k_smem.dtype, [ROWS, BLOCK_D], k_layout)
-        k = chunks.held(chunks.of(k, WIDTH_D), gl.DotOperandLayout(0, s_layout, 2))
+        k = k.load(gl.DotOperandLayout(0, s_layout, 2))
         v = v_smem.index(place)._reinterpret(v_smem.dtype, [ROWS, BLOCK_DV], v_layout)
-        v = chunks.held(chunks.of(v, WIDTH_DV), gl.DotOperandLayout(0, s_layout, 2))
+        v = v.load(gl.DotOperandLayout(0, s_layout, 2))
         pk = k
         if HAS_PHI:
             pk = pk_smem.index(place)._reinterpret(pk_smem.dtype, [ROWS, BLOCK_R], pk_layout)
@@ -309,7 +308,7 @@ def _consume(
                         (own_table, half_table, k_code, code_q_ptr, own_q), of_queries, ds_smem, barriers, own_k,
                         (diagonal, left, right), scale * LOG2E, part != 1, HAS_TAIL, HAS_LEFT, HAS_RIGHT, HAS_TABLE,
                         HAS_CODES, HAS_TERMS, HAS_PHI, SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G,
-                        WIDTH_D, WIDTH_DV, q_layout, do_layout, pq_layout, CONSUMERS, REPEATABLE,
+                        q_layout, do_layout, pq_layout, CONSUMERS, REPEATABLE,
                     )  # fmt: skip
         if w > 0 and HAS_IDLE:
             idle = (group - members) * (tiles[3] - tiles[0])
@@ -356,9 +355,9 @@ def _bwd_kernel(
     HAS_RIGHT: gl.constexpr, HAS_TAIL: gl.constexpr, HAS_TABLE: gl.constexpr, HAS_CODES: gl.constexpr,
     HAS_TERMS: gl.constexpr, HAS_PHI: gl.constexpr, SUM_DPQ: gl.constexpr, SUM_DPK: gl.constexpr, RANK: gl.constexpr,
     STAGES: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_G: gl.constexpr,
-    WIDTH_D: gl.constexpr, WIDTH_DV: gl.constexpr, HOLDS_PHI: gl.constexpr, HAS_IDLE: gl.constexpr,
-    CONSUMERS: gl.constexpr, KV_STAGES: gl.constexpr, ALTERNATES: gl.constexpr, IS_VARLEN: gl.constexpr,
-    REPEATABLE: gl.constexpr, REGISTERS: gl.constexpr, SUM_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    HOLDS_PHI: gl.constexpr, HAS_IDLE: gl.constexpr, CONSUMERS: gl.constexpr, KV_STAGES: gl.constexpr,
+    ALTERNATES: gl.constexpr, IS_VARLEN: gl.constexpr, REPEATABLE: gl.constexpr, REGISTERS: gl.constexpr,
+    SUM_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
     q_layout: gl.constexpr, k_layout: gl.constexpr, v_layout: gl.constexpr, do_layout: gl.constexpr,
     pq_layout: gl.constexpr, pk_layout: gl.constexpr, sum_layout: gl.constexpr, ds_layout: gl.constexpr,
     dq_layout: gl.constexpr, dpq_layout: gl.constexpr, dpk_layout: gl.constexpr,
@@ -437,12 +436,12 @@ def _bwd_kernel(
                 (_consume, (0, over_queries, table, terms, of_queries, of_keys, ds_smem, barriers, queue, deal,
                             batch, band, scale, owners_k, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_TABLE, HAS_CODES,
                             HAS_TERMS, HAS_PHI, SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G,
-                            WIDTH_D, WIDTH_DV, q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout,
+                            q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout,
                             dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS, KV_STAGES, ALTERNATES, IS_VARLEN, REPEATABLE)),
                 (_consume, (1, over_queries, table, terms, of_queries, of_keys, ds_smem, barriers, queue, deal,
                             batch, band, scale, owners_k, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_TABLE, HAS_CODES,
                             HAS_TERMS, HAS_PHI, SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G,
-                            WIDTH_D, WIDTH_DV, q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout,
+                            q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout,
                             dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS, KV_STAGES, ALTERNATES, IS_VARLEN, REPEATABLE)),
                 (_sum_over_keys, (over_keys, terms, of_keys, ds_smem, barriers, queue, deal, batch, slabs, band,
                                   owners_q, HAS_LEFT, HAS_RIGHT, HAS_TERMS, SUM_DPQ, BLOCK_D, BLOCK_SUM, BLOCK_G,
@@ -462,17 +461,17 @@ def _bwd_kernel(
                 (_consume, (0, over_queries, table, terms, of_queries, of_keys, ds_smem, barriers, queue, deal,
                             batch, band, scale, owners_k, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_TABLE, HAS_CODES,
                             HAS_TERMS, HAS_PHI, SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G,
-                            WIDTH_D, WIDTH_DV, q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout,
+                            q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout,
                             dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS, KV_STAGES, ALTERNATES, IS_VARLEN, REPEATABLE)),
                 (_consume, (1, over_queries, table, terms, of_queries, of_keys, ds_smem, barriers, queue, deal,
                             batch, band, scale, owners_k, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_TABLE, HAS_CODES,
                             HAS_TERMS, HAS_PHI, SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G,
-                            WIDTH_D, WIDTH_DV, q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout,
+                            q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout,
                             dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS, KV_STAGES, ALTERNATES, IS_VARLEN, REPEATABLE)),
                 (_consume, (2, over_queries, table, terms, of_queries, of_keys, ds_smem, barriers, queue, deal,
                             batch, band, scale, owners_k, HAS_LEFT, HAS_RIGHT, HAS_TAIL, HAS_TABLE, HAS_CODES,
                             HAS_TERMS, HAS_PHI, SUM_DPK, CENTRES, STAGES, BLOCK_D, BLOCK_DV, BLOCK_R, BLOCK_G,
-                            WIDTH_D, WIDTH_DV, q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout,
+                            q_layout, k_layout, v_layout, do_layout, pq_layout, pk_layout,
                             dpk_layout, HOLDS_PHI, HAS_IDLE, CONSUMERS, KV_STAGES, ALTERNATES, IS_VARLEN, REPEATABLE)),
                 (_sum_over_keys, (over_keys, terms, of_keys, ds_smem, barriers, queue, deal, batch, slabs, band,
                                   owners_q, HAS_LEFT, HAS_RIGHT, HAS_TERMS, SUM_DPQ, BLOCK_D, BLOCK_SUM, BLOCK_G,
