@@ -106,6 +106,8 @@ MASKS = [
     Case("window-left", n=63, batch=(1,), options={"window": (7, None)}),
     Case("window-right", n=33, options={"window": (None, 3)}),
     Case("window-0-0", options={"window": (0, 0)}),
+    Case("window-endless-left", n=100, batch=(1,), options={"window": (2**31 - 1, 3)}),
+    Case("window-endless-right", n=100, batch=(1,), options={"window": (5, 2**31 - 1)}),
     Case("window-causal", n=63, batch=(1,), options={"window": (9, None), "is_causal": True}),
     Case(
         "window-bottom-right",

@@ -307,6 +307,11 @@ BAD_VARLEN: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         r"cu_seqlens_q must have shape \[B \+ 1\], got \(1, 3\)",
     ),
     "lengths": ({"cu_seqlens_k": CU[:2]}, ValueError, r"same length, got 3 and 2"),
+    "no sequence": (
+        {"cu_seqlens_q": CU[:1], "cu_seqlens_k": CU[:1], "max_seqlen_q": 5, "max_seqlen_k": 5},
+        ValueError,
+        r"cu_seqlens_q names no sequence, and there are 5 tokens",
+    ),
     "short": (
         {"cu_seqlens_q": CU - 1},
         ValueError,

@@ -167,8 +167,9 @@ def varlen_attention(
         query: `[T_q, H, head_dim]`.
         key: `[T_k, H_kv, head_dim]`.
         value: `[T_k, H_kv, head_dim_v]`.
-        cu_seqlens_q: int32 `[B + 1]`, ascending, from 0 to T_q.
-        cu_seqlens_k: int32 `[B + 1]`, ascending, from 0 to T_k.
+        cu_seqlens_q: int32 `[B + 1]`, ascending, from 0 to T_q. That is checked where the longest length is read from
+            it; given `max_seqlen_q`, outputs and gradients of tokens that belong to no sequence are undefined.
+        cu_seqlens_k: int32 `[B + 1]`, ascending, from 0 to T_k; likewise.
         bias: factors `[H or 1, T_q, R]` and `[H or 1, T_k, R]`, packed like the tokens. A table without codes is
             read by positions within each sequence; with codes for one side, the other's are positions in the pack.
         max_seqlen_q: longest query sequence; read from `cu_seqlens_q` (synchronising a GPU) if not given.

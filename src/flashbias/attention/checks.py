@@ -242,6 +242,10 @@ def checked_layout(
             f"cu_seqlens_q and cu_seqlens_k must have the same length, got {cu_seqlens_q.shape[0]} "
             f"and {cu_seqlens_k.shape[0]}"
         )
+    for name, cu, tokens in (("cu_seqlens_q", cu_seqlens_q, query), ("cu_seqlens_k", cu_seqlens_k, key)):
+        # Lengths alone tell: nothing waits for a GPU.
+        if cu.shape[0] == 1 and tokens.shape[0] > 0:
+            raise ValueError(f"{name} names no sequence, and there are {tokens.shape[0]} tokens")
     if max_seqlen_q is None:
         max_seqlen_q = _longest("cu_seqlens_q", cu_seqlens_q, query.shape[0])
     if max_seqlen_k is None:

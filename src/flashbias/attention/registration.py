@@ -35,6 +35,9 @@ ARGUMENTS = 21
 UNBOUNDED = -1
 """What stands for an open side of a window in the operators' schema."""
 
+FARTHEST = 2**30
+"""Positions from which on a side of a window is open: no sequence is as long, and kernels add it in 32 bits."""
+
 
 # `torch.compiler.disable` would load Dynamo together with this module; what launches kernels is not for it to trace.
 @torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
@@ -345,11 +348,16 @@ def operands(call: Call) -> tuple[object, ...]:
         call.seqlen_k if layout is None else layout.max_seqlen_k,
         list(bias.ranks) if bias is not None and bias.ranks is not None else [],
         call.scale,
-        UNBOUNDED if call.window_left is None else call.window_left,
-        UNBOUNDED if call.window_right is None else call.window_right,
+        _side(call.window_left),
+        _side(call.window_right),
         call.bottom_right,
         call.dropout_p,
     )
+
+
+def _side(size: int | None) -> int:
+    """A side of the window, for the operators."""
+    return UNBOUNDED if size is None or size >= FARTHEST else size
 
 
 def _parts(bias: FactoredBias | None, query: Tensor) -> tuple[Tensor | None, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import pkgutil
 from collections import defaultdict
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.attention.cases import CASES
+from tests.attention.problem import LEAVES, Case
+from tests.attention.varlen import VARLEN, VarlenCase
 from tests.conftest import INTERPRETED
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -150,6 +153,47 @@ def test_every_launch_is_what_triton_would_launch(
             if turn:
                 assert machine.found - before[0] == (len(machine.launches) - before[1]) // 2, case.name
     assert done == len(CASES) if impl == "triton" else done > len(CASES) // 2
+
+
+LEARNED = [LEAVES, LEAVES[:3], (*LEAVES[:3], "phi_q"), (*LEAVES[:3], "phi_k"), ("query",), ("table", "value")]
+"""Which leaves get gradients, one after the other."""
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_passes_that_differ_in_what_learns_and_in_order(
+    dtype: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls of the same shapes follow each other; the fused kernel does the backward pass wherever it can."""
+    from flashbias.attention.hopper import backward
+
+    monkeypatch.setattr(hopper, "unavailable", lambda *_: None)
+    monkeypatch.setattr(hopper, "unsupported", on_this_machine(hopper.unsupported))
+    monkeypatch.setattr(backward, "is_slower", lambda *_: False)
+    own = {"phi_q": (2, 2), "phi_k": (2, 2)}
+    wide = [
+        Case("wide", n=150, head_dim=width, mask=mask, **own) for width in (64, 80, 128) for mask in (None, "padding")
+    ]
+    packed = [*VARLEN, *(replace(case, head_dim=80) for case in VARLEN)]
+    launched = set()
+    for case in (*CASES, *wide, *packed):
+        problem = case.build(DTYPES[dtype])
+        for wanted, deterministic in itertools.product(LEARNED, (False, True)):
+            leaves = problem.leaves(wanted)
+            longest = {}
+            if isinstance(case, VarlenCase):
+                longest = {"max_seqlen_q": max(case.lengths_q), "max_seqlen_k": max(case.lengths_k)}
+            try:
+                out = problem.attend("hopper", leaves, deterministic=deterministic, **longest)
+            except NotImplementedError:
+                break
+            out = out[0] if isinstance(out, tuple) else out
+            before = len(machine.launches)
+            if out.requires_grad:
+                out.backward(problem.dout)
+            kernels = {launch.made.name for launch in machine.launches[before:]}
+            launched |= {(name, isinstance(case, VarlenCase), deterministic) for name in kernels}
+    fused = {(name, is_packed, False) for name in ("_bwd_kernel", "_bwd_wide_kernel") for is_packed in (False, True)}
+    assert fused | {("_bwd_kernel", False, True), ("_bwd_wide_kernel", False, True)} <= launched
 
 
 def on_this_machine(unsupported: Any) -> Any:

@@ -4,10 +4,11 @@ The fused kernel adds parts of dq, dphi_q and dphi_k as its programs come to it,
 to the bit, and somewhat slower (`order.py`). Wide factors that many (batch, head) pairs share get their gradients from
 a kernel of its own (`triton/shared.py`), which has no order; a table gets its own gradient from a portable kernel
 (`triton/table.py`), which walks over all that share it.
-What it does not do goes to the portable kernels: tables beside wide heads or packed batches, short windows, which one
-tile holds, factors that grouped heads do not share, gradients of factors beside float16 queries, whose precision
-bfloat16 operands lack, and beside centres by tile those of a phi_q that is shared by heads with different phi_k; where
-there has to be an order, packed batches and gradients of factors that pairs share too.
+What it does not do goes to the portable kernels: heads wider than 128, and values wider than 64 beside queries that are
+not; tables beside wide heads or packed batches, short windows, which one tile holds, factors that grouped heads do not
+share, gradients of factors beside float16 queries, whose precision bfloat16 operands lack, and beside centres by tile
+those of a phi_q that is shared by heads with different phi_k; where there has to be an order, packed batches and
+gradients of factors that pairs share too. So does what they do faster (`is_slower`).
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false

@@ -362,7 +362,7 @@ def _bwd_kernel(
     pq_layout: gl.constexpr, pk_layout: gl.constexpr, sum_layout: gl.constexpr, ds_layout: gl.constexpr,
     dq_layout: gl.constexpr, dpq_layout: gl.constexpr, dpk_layout: gl.constexpr,
 ):  # fmt: skip
-    """All gradients; a program takes every so-manieth tile of keys of one (batch, head of keys)."""
+    """All gradients; a program takes tiles of keys of a (batch, head of keys), which it is dealt or draws."""
     KEYS: gl.constexpr = KV_STAGES * CONSUMERS
     k_smem = boxes(k_desc, KEYS, ROWS, BLOCK_D, IS_VARLEN)
     v_smem = boxes(v_desc, KEYS, ROWS, BLOCK_DV, IS_VARLEN)

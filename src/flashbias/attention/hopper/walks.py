@@ -2,7 +2,7 @@
 
 What they are about is handed on in groups, beside those of `tiles.py`:
 
-- `deal`: units, blocks of keys of a (batch, head of keys) pair, pairs, pairs that are dealt together.
+- `deal`: units, blocks of keys of a (batch, head of keys) pair, pairs (packed: sequences), pairs dealt together.
 - `batch`: starts of packed keys and queries, heads of queries, of those that share their keys, queries, keys.
 - `band`: shift of the diagonal, sides of the window to the left and to the right.
 - `terms`: what the caller's own mask of keys adds to scores, its largest for each tile, whose mask it is.

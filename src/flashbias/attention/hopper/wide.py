@@ -291,7 +291,7 @@ def _bwd_wide_kernel(
     pq_layout: gl.constexpr, pk_layout: gl.constexpr, sum_layout: gl.constexpr, ds_layout: gl.constexpr,
     dq_layout: gl.constexpr, dpq_layout: gl.constexpr, dpk_layout: gl.constexpr,
 ):  # fmt: skip
-    """All gradients; a program takes every so-manieth tile of 128 keys of one (batch, head of keys)."""
+    """All gradients; a program takes tiles of 128 keys of a (batch, head of keys), which it is dealt or draws."""
     # A thread reads 16 bytes at a time of what its columns need.
     rows_layout: gl.constexpr = gl.SharedLinearLayout(offset_bases=[[1], [8], [2], [4], [16], [32]])
     k_smem = boxes(k_desc, CONSUMERS, ROWS, BLOCK_D, IS_VARLEN)
