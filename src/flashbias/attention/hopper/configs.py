@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from flashbias.attention import packing
+from flashbias.attention.layout import cdiv
 
 __all__ = [
     "NARROWEST",
@@ -171,7 +172,7 @@ def columns_of(columns: int) -> int:
 
 def width_of(head_dim: int) -> int:
     """Columns of a head that are multiplied: head_dim in whole instructions of the matrix unit; see `chunks.py`."""
-    return -(-head_dim // NARROWEST) * NARROWEST
+    return cdiv(head_dim, NARROWEST) * NARROWEST
 
 
 def ready_columns(rank: int, dtype_q: torch.dtype, dtype_k: torch.dtype, scale: float, dtype: torch.dtype) -> int:

@@ -22,7 +22,7 @@ from flashbias.attention.triton.launcher import start
 from flashbias.attention.triton.operands import Operands, multiprocessors
 from flashbias.attention.triton.products import product
 from flashbias.attention.triton.scores import LOG2E
-from flashbias.attention.triton.tiles import load_tile, member_of
+from flashbias.attention.triton.tiles import is_visible, load_rows, load_tile, member_of
 
 __all__ = ["is_possible", "launch"]
 
@@ -104,12 +104,8 @@ def _bwd_shared_kernel(
     start_n = (tl.program_id(0) % blocks_n) * BLOCK_N
     start_m = ((tl.program_id(0) // blocks_n) % blocks_m) * BLOCK_M
     f = tl.program_id(0) // (blocks_n * blocks_m)
-    if HAS_RIGHT:
-        if start_n > start_m + BLOCK_M - 1 + shift + right:
-            return
-    if HAS_LEFT:
-        if start_n + BLOCK_N - 1 < start_m + shift - left:
-            return
+    if not is_visible(start_m, start_n, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N):
+        return
     offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     offs_d, offs_dv, offs_c = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV), tl.arange(0, BLOCK_C)
     own_f = tl.cast(f, tl.int64)
@@ -130,13 +126,11 @@ def _bwd_shared_kernel(
     bias = tl.where(keep, bias, float("-inf"))
 
     qk_scale = scale * LOG2E
-    inside = (start_m + offs_m) < seqlen_q
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     first = tl.program_id(1) * members_per_split
     last = min(first + members_per_split, num_members) - 1
-    rows = tl.cast(member_of(f, first, s1, v2, s2), tl.int64) * stride_rows + start_m + offs_m
-    lse = tl.load(lse_ptr + rows, mask=inside, other=float("inf"))
-    delta = tl.load(delta_ptr + rows, mask=inside, other=0.0)
+    row = tl.cast(member_of(f, first, s1, v2, s2), tl.int64) * stride_rows
+    lse, delta = load_rows(lse_ptr + row, delta_ptr + row, start_m, offs_m, seqlen_q, True)
     for m in range(first, last + 1):
         bh = member_of(f, m, s1, v2, s2)
         head = bh % num_heads
@@ -159,9 +153,8 @@ def _bwd_shared_kernel(
             head_dim_v != BLOCK_DV,
         )  # fmt: skip
         # Those of the next member, while this one is computed: nothing else loads them ahead.
-        rows = tl.cast(member_of(f, min(m + 1, last), s1, v2, s2), tl.int64) * stride_rows + start_m + offs_m
-        next_lse = tl.load(lse_ptr + rows, mask=inside, other=float("inf"))
-        next_delta = tl.load(delta_ptr + rows, mask=inside, other=0.0)
+        row = tl.cast(member_of(f, min(m + 1, last), s1, v2, s2), tl.int64) * stride_rows
+        next_lse, next_delta = load_rows(lse_ptr + row, delta_ptr + row, start_m, offs_m, seqlen_q, True)
         s = product(q, tl.trans(k), None, PRECISION, INTERPRETED) + bias
         p = tl.exp2(s * qk_scale - lse[:, None])
         dp = product(do, tl.trans(v), None, PRECISION, INTERPRETED)

@@ -34,7 +34,7 @@ from flashbias.attention.triton.scores import (
     tail_of,
     weights_and_gradients,
 )
-from flashbias.attention.triton.tiles import group_of, load_factor, load_rows, load_tile, locate, member_of
+from flashbias.attention.triton.tiles import group_of, is_visible, load_factor, load_rows, load_tile, locate, member_of
 
 BITS = 61
 """Bits of the fixed-point sum: a sign, one for rounding, and these."""
@@ -164,7 +164,7 @@ def _bwd_dtable_kernel(
     if not IS_VARLEN:
         # A branch within the walk would keep loads of the next members from being ahead.
         shift = seqlen_k - seqlen_q if BOTTOM_RIGHT else 0
-        if not _is_visible(start_m, start_n, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N):
+        if not is_visible(start_m, start_n, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N):
             return
         # All members have these codes, this table and this band.
         q_code = load_codes(code_q_ptr, start_m, offs_m, seqlen_q, HAS_CODES)
@@ -194,7 +194,7 @@ def _bwd_dtable_kernel(
         visible = True
         if IS_VARLEN:
             visible = (start_m < n_q) & (start_n < n_k)
-            visible &= _is_visible(start_m, start_n, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N)
+            visible &= is_visible(start_m, start_n, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N)
         if visible:
             q_base = q_ptr + b * stride_qb + h * stride_qh + base_q * stride_qn
             k_base = k_ptr + b * stride_kb + (h // group) * stride_kh + base_k * stride_kn
@@ -298,27 +298,6 @@ def _bwd_dtable_kernel(
                 lse2, delta = next_lse2, next_delta
     if not IS_VARLEN:
         _add_entries(sum_ptr, fixed_ptr, ds_sum * fixed, q_code, k_code, half)
-
-
-@triton.jit
-def _is_visible(
-    start_m,
-    start_n,
-    shift,
-    left,
-    right,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Whether the band leaves anything of a tile."""
-    visible = start_m >= 0
-    if HAS_RIGHT:
-        visible &= start_n - (start_m + BLOCK_M - 1) - shift <= right
-    if HAS_LEFT:
-        visible &= start_n + BLOCK_N - 1 - start_m - shift >= -left
-    return visible
 
 
 @triton.jit

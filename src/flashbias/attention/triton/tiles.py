@@ -57,6 +57,27 @@ def locate(
 
 
 @triton.jit
+def is_visible(
+    start_m,
+    start_n,
+    shift,
+    left,
+    right,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Whether the band leaves anything of a tile."""
+    visible = start_m >= 0
+    if HAS_RIGHT:
+        visible &= start_n - (start_m + BLOCK_M - 1) - shift <= right
+    if HAS_LEFT:
+        visible &= start_n + BLOCK_N - 1 - start_m - shift >= -left
+    return visible
+
+
+@triton.jit
 def key_range(
     start_m,
     seqlen_k,
