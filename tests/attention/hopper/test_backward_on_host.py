@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import MethodType, SimpleNamespace
 from typing import Any
@@ -16,7 +19,8 @@ pytest.importorskip("triton.experimental.gluon", reason="this release of triton 
 if INTERPRETED:
     pytest.skip("Gluon has no interpreter: TRITON_INTERPRET=1 is set", allow_module_level=True)
 
-from tests.attention.hopper.on_host import Box, Device, Launched, on_host
+from tests.attention.hopper.exact import attended
+from tests.attention.hopper.on_host import Box, Device, Launched, PackedBox, on_host
 
 from flashbias.attention import packing
 from flashbias.attention.hopper import backward, chunks, fused, order, slabs, tiles, walks, wide
@@ -235,19 +239,12 @@ def expected(
     if problem.half:
         entry = (code_k - code_q[:, None]).clamp(-problem.half, problem.half) + problem.half
         scores = scores + table[:, entry]
-    gap = torch.arange(problem.m) - torch.arange(problem.n)[:, None] - problem.shift
-    keep = torch.ones(problem.n, problem.m, dtype=torch.bool)
-    keep = keep & (gap <= problem.right) if problem.right >= 0 else keep
-    keep = keep & (gap >= -problem.left) if problem.left >= 0 else keep
-    keep = keep if mask is None else keep & mask
-    scores = scores.masked_fill(~keep, -math.inf)
-    lse = scores.logsumexp(-1, keepdim=True)
-    weights = torch.where(lse == -math.inf, 0.0, (scores - torch.where(lse == -math.inf, 0.0, lse)).exp())
+    weights, lse = attended(scores, problem.shift, problem.left, problem.right, mask)
     out = weights @ repeated["v"]
     (out * dout).sum().backward()
     return (
         {name: leaf.grad for name, leaf in x.items() if leaf.grad is not None},
-        lse[..., 0].detach(),
+        lse.detach(),
         (out * dout).sum(-1).detach(),
     )
 
@@ -283,6 +280,39 @@ def unfold(sums: Tensor, out: Tensor, factor: float, cu_seqlens: None = None) ->
     made = sums[..., slab_order(columns)].permute(0, 1, 3, 2, 4).reshape(groups, rows * SLAB, across * columns)
     made = made.view(*out.shape[:2], *made.shape[1:])
     out.copy_(factor * made[:, :, : out.shape[2], : out.shape[3]])
+
+
+def launch(
+    device: Device,
+    programs: int,
+    config: BackwardConfig,
+    ops: Any,
+    grads: list[Tensor],
+    dout: Tensor,
+    rows: tuple[Tensor, Tensor],
+    needs: tuple[bool, ...],
+    unfold: Callable[..., None],
+    repeatable: bool = False,
+) -> None:
+    """`launch_as`, its kernels on the host, with log-sum-exp and delta as given."""
+    tickets = itertools.count()
+    with on_host(device, (fused, wide, chunks, walks, order, tiles, kernel_scores)) as patch:
+        patch.setattr(tiles, "ticket", lambda _: next(tickets))
+        patch.setattr(backward, "multiprocessors", lambda _: programs)
+        patch.setattr(backward.portable, "rows_of", lambda *_: rows)
+        for name, kind in (("descriptor", Box), ("packed", PackedBox)):
+            boxes = functools.partial(kind, multiplied=backward.multiplied)
+            patch.setattr(backward, name, boxes)
+        patch.setattr(backward, "matrix", lambda _: None)
+        patch.setattr(backward, "layout_of", lambda *_: None)
+        patch.setattr(
+            slabs, "box_of", lambda t, c: Box(t.view(-1, slabs.LINE), SLAB * c // slabs.LINE, slabs.LINE, to_slab)
+        )
+        patch.setattr(slabs, "unfold", unfold)
+        patch.setattr(backward, "_bwd_kernel", Launched(fused._bwd_kernel, device))
+        patch.setattr(backward, "_bwd_wide_kernel", Launched(wide._bwd_wide_kernel, device))
+        dummy = torch.empty(0)
+        backward.launch_as(config, ops, grads, dout, None, dummy, dummy, needs, repeatable)
 
 
 def computed(problem: Problem, leaves: dict[str, Tensor], scale: float, dout: Tensor, lse: Tensor, delta: Tensor,
@@ -335,20 +365,8 @@ def computed(problem: Problem, leaves: dict[str, Tensor], scale: float, dout: Te
 
     device = Device(seed)
     config = replace(problem.config, is_centred=problem.centred)
-    with on_host(device, (fused, wide, chunks, walks, order, tiles, kernel_scores)) as patch:
-        patch.setattr(backward, "multiprocessors", lambda _: problem.programs)
-        patch.setattr(backward.portable, "rows_of", lambda *_: (lse2, deltas))
-        patch.setattr(backward, "descriptor", lambda t, r, c: Box(t, r, c, multiplied=backward.multiplied))
-        patch.setattr(backward, "matrix", lambda _: None)
-        patch.setattr(backward, "layout_of", lambda *_: None)
-        patch.setattr(
-            slabs, "box_of", lambda t, c: Box(t.view(-1, slabs.LINE), SLAB * c // slabs.LINE, slabs.LINE, to_slab)
-        )
-        patch.setattr(slabs, "unfold", unfold)
-        patch.setattr(backward, "_bwd_kernel", Launched(fused._bwd_kernel, device))
-        patch.setattr(backward, "_bwd_wide_kernel", Launched(wide._bwd_wide_kernel, device))
-        dummy = torch.empty(0)
-        backward.launch_as(config, ops, grads, dout.float(), None, dummy, dummy, needs, repeatable)
+    rows_of = lse2, deltas
+    launch(device, problem.programs, config, ops, grads, dout.float(), rows_of, needs, unfold, repeatable)
     return grads
 
 

@@ -17,6 +17,7 @@ pytest.importorskip("triton.experimental.gluon", reason="this release of triton 
 if INTERPRETED:
     pytest.skip("Gluon has no interpreter: TRITON_INTERPRET=1 is set", allow_module_level=True)
 
+from tests.attention.hopper.exact import attended
 from tests.attention.hopper.on_host import Box, Device, Launched, PackedBox, on_host
 
 from flashbias.attention.hopper import chunks, forward, online, scores, tiles
@@ -100,14 +101,8 @@ def expected(problem: Problem, x: dict[str, Tensor], scale: float, shift: int) -
     group = problem.heads // problem.kv_heads
     k, v, phi_k = (x[name].repeat_interleave(group, 0) for name in ("k", "v", "phi_k"))
     s = scale * x["q"] @ k.mT + x["phi_q"] @ phi_k.mT
-    gap = torch.arange(s.shape[-1]) - torch.arange(s.shape[-2])[:, None] - shift
-    keep = torch.ones_like(gap, dtype=torch.bool)
-    keep = keep & (gap <= problem.right) if problem.right >= 0 else keep
-    keep = keep & (gap >= -problem.left) if problem.left >= 0 else keep
-    s = s.masked_fill(~keep, -math.inf)
-    lse = s.logsumexp(-1, keepdim=True)
-    weights = torch.where(lse == -math.inf, 0.0, (s - torch.where(lse == -math.inf, 0.0, lse)).exp())
-    return weights @ v, lse[..., 0]
+    weights, lse = attended(s, shift, problem.left, problem.right)
+    return weights @ v, lse
 
 
 def computed(problem: Problem, x: dict[str, Tensor], scale: float, seed: int) -> tuple[Tensor, Tensor]:

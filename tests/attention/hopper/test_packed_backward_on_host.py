@@ -17,11 +17,10 @@ pytest.importorskip("triton.experimental.gluon", reason="this release of triton 
 if INTERPRETED:
     pytest.skip("Gluon has no interpreter: TRITON_INTERPRET=1 is set", allow_module_level=True)
 
-from tests.attention.hopper.on_host import Box, Device, Launched, PackedBox, on_host
-from tests.attention.hopper.test_backward_on_host import COLUMNS, WIDE, narrow, slab_order, to_slab
+from tests.attention.hopper.exact import attended
+from tests.attention.hopper.on_host import Device
+from tests.attention.hopper.test_backward_on_host import COLUMNS, WIDE, launch, narrow, slab_order
 
-from flashbias.attention.hopper import backward, chunks, fused, order, slabs, tiles, walks, wide
-from flashbias.attention.hopper import scores as kernel_scores
 from flashbias.attention.hopper.configs import SLAB, BackwardConfig
 from flashbias.attention.hopper.operands import Centring
 from flashbias.attention.layout import Sharing
@@ -104,17 +103,11 @@ def expected(
     k, v = (leaf[name].repeat_interleave(group, 0) for name in ("k", "v"))
     phi_k = leaf["phi_k"] if problem.shares else leaf["phi_k"].repeat_interleave(group, 0)
     scores = scale * leaf["q"] @ k.mT + leaf["phi_q"] @ phi_k.mT
-    gap = torch.arange(scores.shape[-1]) - torch.arange(scores.shape[-2])[:, None] - shift
-    keep = torch.ones_like(gap, dtype=torch.bool)
-    keep = keep & (gap <= problem.right) if problem.right >= 0 else keep
-    keep = keep & (gap >= -problem.left) if problem.left >= 0 else keep
-    scores = scores.masked_fill(~keep, -math.inf)
-    lse = scores.logsumexp(-1, keepdim=True)
-    weights = torch.where(lse == -math.inf, 0.0, (scores - torch.where(lse == -math.inf, 0.0, lse)).exp())
+    weights, lse = attended(scores, shift, problem.left, problem.right)
     out = weights @ v
     (out * x["dout"]).sum().backward()
     grads = {name: torch.zeros_like(x[name]) if y.grad is None else y.grad for name, y in leaf.items()}
-    return grads, lse[..., 0].detach(), (out * x["dout"]).sum(-1).detach()
+    return grads, lse.detach(), (out * x["dout"]).sum(-1).detach()
 
 
 def unfold(sums: Tensor, out: Tensor, factor: float, cu_seqlens: Tensor) -> None:
@@ -164,22 +157,7 @@ def computed(
     grads = [torch.full_like(x[name], math.nan) for name in NAMES]
     needs = (True, True, True, problem.learns_factors, problem.learns_factors, False)
 
-    device, tickets = Device(seed), itertools.count()
-    with on_host(device, (fused, wide, chunks, walks, order, tiles, kernel_scores)) as patch:
-        patch.setattr(tiles, "ticket", lambda _: next(tickets))
-        patch.setattr(backward, "multiprocessors", lambda _: problem.programs)
-        patch.setattr(backward.portable, "rows_of", lambda *_: (lse2, deltas))
-        patch.setattr(backward, "packed", lambda t, r, c: PackedBox(t, r, c, multiplied=backward.multiplied))
-        patch.setattr(backward, "matrix", lambda _: None)
-        patch.setattr(backward, "layout_of", lambda *_: None)
-        patch.setattr(
-            slabs, "box_of", lambda t, c: Box(t.view(-1, slabs.LINE), SLAB * c // slabs.LINE, slabs.LINE, to_slab)
-        )
-        patch.setattr(slabs, "unfold", unfold)
-        patch.setattr(backward, "_bwd_kernel", Launched(fused._bwd_kernel, device))
-        patch.setattr(backward, "_bwd_wide_kernel", Launched(wide._bwd_wide_kernel, device))
-        dummy = torch.empty(0)
-        backward.launch_as(problem.config, ops, grads, x["dout"], None, dummy, dummy, needs)
+    launch(Device(seed), problem.programs, problem.config, ops, grads, x["dout"], (lse2, deltas), needs, unfold)
     return grads
 
 
