@@ -140,7 +140,7 @@ def test_only_one_needs_a_gradient(head_dim: int, wanted: tuple[str, ...]) -> No
 
 
 @pytest.mark.parametrize("head_dim", [16, 64, 128])
-@pytest.mark.parametrize("options", [{}, CAUSAL], ids=["full", "causal"])
+@pytest.mark.parametrize("options", [{}, TOP_LEFT], ids=["full", "causal"])
 def test_beside_centres_by_tile(head_dim: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "TILE_CENTRE_FROM", packing.CENTRE_TILE)
     check(build(Case("centres", batch=(2,), n=330, m=450, head_dim=head_dim, options=options), "random", (2, 1)))

@@ -71,7 +71,7 @@ def test_every_length(is_causal: bool, head_dim: int) -> None:
     options = CAUSAL if is_causal else {}
     check(VarlenCase("lengths", lengths, lengths, head_dim=head_dim, options=options))
     check(VarlenCase("lengths", lengths[::-1], lengths, head_dim=head_dim, options=options))
-    for n in (1, 64, 130):
+    for n in (17, 64, 130):  # fewer queries in all are left to the portable kernels
         check(VarlenCase("alone", (n,), (n,), head_dim=head_dim, options=options))
 
 
