@@ -1,4 +1,4 @@
-"""Numbers of the host on a device: copied once, and never what was made for somebody's trace."""
+"""What the host knows on a device: made once, and never what was made for somebody's trace."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import flashbias as fb
 from flashbias import constants
-from flashbias.constants import on_device
+from flashbias.constants import made_once, on_device
 
 CPU = torch.device("cpu")
 
@@ -55,4 +55,28 @@ def test_attention_copies_nothing_the_second_time(what: str, monkeypatch: pytest
 
 
 def test_the_cache_does_not_grow_for_ever() -> None:
-    assert constants._on_device.cache_info().maxsize is not None
+    calls = []
+
+    @made_once(maxsize=2)
+    def made(n: int) -> torch.Tensor:
+        calls.append(n)
+        return torch.zeros(n)
+
+    for n in (1, 2, 2, 3, 2, 1):
+        made(n)
+    assert calls == [1, 2, 3, 1]
+
+
+def test_what_is_made_for_a_cuda_graph_is_not_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory is the graph's, and holds numbers only once that has run."""
+
+    @made_once(maxsize=2)
+    def made(n: int) -> torch.Tensor:
+        return torch.zeros(n)
+
+    monkeypatch.setattr(constants.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(constants.torch.cuda, "is_current_stream_capturing", lambda: True)
+    in_graph = made(1)
+    monkeypatch.setattr(constants.torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert made(1) is not in_graph
+    assert made(1) is made(1)

@@ -1,33 +1,62 @@
-"""Whole numbers that the host knows as tensors on a device, copied there once.
+"""Tensors that only depend on what the host knows, made once.
 
-A copy in each call would wait for everything that the GPU has been given to do, and could not be part of a CUDA graph.
+Making them in each call would take the host longer than some kernels run; a copy would even wait for everything that
+the GPU has been given to do, and could not be part of a CUDA graph.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["on_device"]
+__all__ = ["made_once", "may_be_kept", "on_device"]
+
+P = ParamSpec("P")
+Made = TypeVar("Made")
 
 
+def made_once(maxsize: int) -> Callable[[Callable[P, Made]], Callable[P, Made]]:
+    """Decorate a function of what can be hashed, which makes tensors: the same each time, which nobody may change.
+
+    What is made for a graph (of torch.compile or of CUDA), or by a mode such as that of fake tensors, is not kept.
+
+    Args:
+        maxsize: for how many arguments they are kept.
+
+    Returns:
+        The decorator.
+    """
+
+    def decorate(make: Callable[P, Made]) -> Callable[P, Made]:
+        once = functools.lru_cache(maxsize)(torch.inference_mode(mode=False)(make))
+
+        @functools.wraps(make)
+        def made(*args: P.args, **kwargs: P.kwargs) -> Made:
+            return (once if may_be_kept() else make)(*args, **kwargs)  # pyright: ignore[reportArgumentType]
+
+        return made
+
+    return decorate
+
+
+def may_be_kept() -> bool:
+    """Whether a tensor that is made now is an ordinary one, and not part of a graph or of a mode's making."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+
+@made_once(maxsize=1024)
 def on_device(values: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """Return the numbers as a vector; the same tensor each time, which nobody may change.
+    """Return the numbers as a vector.
 
     Args:
         values: the numbers.
         device: where.
         dtype: int64 or int32.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        # What is made for a graph, or by a mode such as that of fake tensors, is not for others.
-        return torch.tensor(values, dtype=dtype, device=device)
-    return _on_device(values, device, dtype)
-
-
-@functools.lru_cache(maxsize=1024)
-@torch.inference_mode(mode=False)
-def _on_device(values: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.tensor(values, dtype=dtype, device=device)

@@ -188,13 +188,13 @@ class FactoredBias:
         """Whether a factor or the table needs a gradient."""
         return any(t is not None and t.requires_grad for t in (self.phi_q, self.phi_k, self.table))
 
-    def codes(self) -> tuple[Tensor, Tensor]:
-        """Return `(code_q, code_k)` as int64, filling in positions where none were given."""
+    def codes(self, dtype: torch.dtype = torch.int64) -> tuple[Tensor, Tensor]:
+        """Return `(code_q, code_k)` as integers of `dtype`, filling in positions where none were given."""
 
         def fill(code: Tensor | None, length: int) -> Tensor:
             if code is None:
-                return torch.arange(length, device=self.device)
-            return code.to(torch.int64)
+                return torch.arange(length, dtype=dtype, device=self.device)
+            return code.to(dtype)
 
         return fill(self.code_q, self.seqlen_q), fill(self.code_k, self.seqlen_k)
 

@@ -367,7 +367,8 @@ def _parts(bias: FactoredBias | None, query: Tensor) -> tuple[Tensor | None, ...
     factors = (_addressed(bias.phi_q, query), _addressed(bias.phi_k, query)) if bias.rank > 0 else (None, None)
     if bias.table is None or (bias.code_q is None and bias.code_k is None):
         return *factors, bias.table, None, None
-    return *factors, bias.table, *bias.codes()
+    # Kernels read 32 bits: cast once for both passes, and not at all where they are given so.
+    return *factors, bias.table, *bias.codes(torch.int32)
 
 
 def _addressed(x: Tensor, query: Tensor) -> Tensor:

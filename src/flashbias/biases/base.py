@@ -210,8 +210,9 @@ def position_codes(
     """
     if query_offset == key_offset:
         return None, None
-    code_q = torch.arange(query_offset, query_offset + seqlen_q, device=device)
-    return code_q, torch.arange(key_offset, key_offset + seqlen_k, device=device)
+    starts = (query_offset, seqlen_q), (key_offset, seqlen_k)
+    code_q, code_k = (torch.arange(first, first + n, dtype=torch.int32, device=device) for first, n in starts)
+    return code_q, code_k
 
 
 def check_positions(**positions: Tensor) -> None:

@@ -97,7 +97,7 @@ class EarthSpecificBias(Bias):
         self.num_rows = (pressure * latitude) ** 2 * (2 * longitude - 1)
         self.weight = nn.Parameter(torch.empty(self.num_rows, self.num_types, num_heads))
         for name in ("code_q", "code_k"):
-            self.register_buffer(name, torch.empty(self.num_tokens, dtype=torch.int64), persistent=False)
+            self.register_buffer(name, torch.empty(self.num_tokens, dtype=torch.int32), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

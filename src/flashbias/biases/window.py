@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from flashbias.biases.base import About, Bias, Example, checked_sides, wide_dtype
 from flashbias.factored import FactoredBias
 
-__all__ = ["WindowBias"]
+__all__ = ["WindowBias", "window_codes", "window_table"]
 
 
 class WindowBias(Bias):
@@ -86,16 +86,14 @@ class WindowBias(Bias):
         self.num_tokens = math.prod(self.window) + class_token
         self.weight = nn.Parameter(torch.empty(self.num_offsets + 3 * class_token, num_heads))
         for name in ("code_q", "code_k"):
-            self.register_buffer(name, torch.empty(self.num_tokens, dtype=torch.int64), persistent=False)
+            self.register_buffer(name, torch.empty(self.num_tokens, dtype=torch.int32), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw new weights, and fill in the codes (needed after `to_empty`)."""
         nn.init.trunc_normal_(self.weight, std=0.02)
-        place, half = self._place(), self.num_offsets // 2
-        for name, class_code in (("code_q", 2 * half + 1), ("code_k", 3 * half + 2)):
-            before = place.new_full((int(self.class_token),), class_code)
-            self.get_buffer(name).copy_(torch.cat([before, place]))
+        for name, code in zip(("code_q", "code_k"), window_codes(self.window, self.class_token), strict=True):
+            self.get_buffer(name).copy_(code)
 
     def forward(self, token_q: Tensor | None = None, token_k: Tensor | None = None) -> FactoredBias:
         """Make the bias of the window, or of some of its tokens.
@@ -114,20 +112,7 @@ class WindowBias(Bias):
 
     def table(self) -> Tensor:
         """`[H, T]`, or `[H, T + 4]` with a class token: the bias per code difference, float32 at least."""
-        weight = self.weight.to(wide_dtype(self.weight))
-        offsets = weight[: self.num_offsets].flip(0)
-        if not self.class_token:
-            return offsets.mT.contiguous()
-        class_to_token, token_to_class, class_to_class = weight[self.num_offsets :].split(1)
-        left, right = [class_to_token, class_to_token], [class_to_class, token_to_class]
-        return torch.cat([*left, offsets, *right]).mT.contiguous()
-
-    def _place(self) -> Tensor:
-        """`[tokens]`: each place of the window as one number, in a base where differences do not collide."""
-        place = torch.zeros(1, dtype=torch.int64, device="cpu")
-        for side in self.window:
-            place = (place[:, None] * (2 * side - 1) + torch.arange(side, device="cpu")).flatten()
-        return place
+        return window_table(self.weight, self.class_token)
 
     def extra_repr(self) -> str:
         """What `print(module)` shows."""
@@ -164,3 +149,34 @@ class WindowBias(Bias):
             example("3d-class-token", (2, 1, 3), True),
             example("one-place", (1, 1), True),
         ]
+
+
+def window_table(weight: Tensor, class_token: bool) -> Tensor:
+    """The bias per code difference.
+
+    Args:
+        weight: `[T, H]`, or `[T + 3, H]` with a class token, as in `WindowBias`.
+        class_token: whether there is one.
+
+    Returns:
+        `[H, T]`, or `[H, T + 4]` with a class token, float32 at least.
+    """
+    weight = weight.to(wide_dtype(weight))
+    if not class_token:
+        return weight.flip(0).mT.contiguous()
+    class_to_token, token_to_class, class_to_class = weight[-3:].split(1)
+    left, right = [class_to_token, class_to_token], [class_to_class, token_to_class]
+    return torch.cat([*left, weight[:-3].flip(0), *right]).mT.contiguous()
+
+
+def window_codes(window: Sequence[int], class_token: bool) -> tuple[Tensor, Tensor]:
+    """Codes of the tokens of a window as queries and as keys, int32 on the CPU: differences tell offsets apart."""
+    place = torch.zeros(1, dtype=torch.int32, device="cpu")
+    for side in window:
+        place = (place[:, None] * (2 * side - 1) + torch.arange(side, dtype=torch.int32, device="cpu")).flatten()
+    half = math.prod(2 * side - 1 for side in window) // 2
+    code_q, code_k = (
+        torch.cat([place.new_full((int(class_token),), class_code), place])
+        for class_code in (2 * half + 1, 3 * half + 2)
+    )
+    return code_q, code_k

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashbias.biases.window import WindowBias
+from flashbias.biases.window import window_codes, window_table
 from flashbias.factored import FactoredBias
 from flashbias.files import open_safetensors
 
@@ -77,10 +77,9 @@ class Layer:
             return self.stored
         if self.seqlen is not None:
             return FactoredBias.from_table(self.stored, self.seqlen, self.seqlen).dense()
-        with torch.random.fork_rng(devices=[]), torch.no_grad():  # the family draws weights, which nobody needs here
-            bias = WindowBias(len(self.stored), self.window, class_token=self._has_class_token)
-            bias.weight = torch.nn.Parameter(self.stored.mT)
-            return bias().dense()
+        table = window_table(self.stored.mT, self._has_class_token)
+        code_q, code_k = window_codes(self.window, self._has_class_token)
+        return FactoredBias.from_table(table, len(code_q), len(code_k), code_q, code_k).dense()
 
     @property
     def _has_class_token(self) -> bool:

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from flashbias.biases.base import wide_dtype
-from flashbias.biases.regions import region_factors
-from flashbias.biases.window import WindowBias
+from flashbias.biases.regions import region_factors, shifted_window_regions
+from flashbias.biases.window import window_codes, window_table
+from flashbias.constants import made_once, may_be_kept
 from flashbias.factored import FactoredBias
 from flashbias.integrations.call import Settings, call, settings_of
 
 __all__ = [
+    "LatestShift",
     "LatestWindow",
     "OffsetTable",
     "Window",
@@ -29,6 +31,7 @@ __all__ = [
     "attend_in_windows",
     "bias_of",
     "cosine_operands",
+    "shifted_regions",
     "sigmoid_table",
     "split_heads",
 ]
@@ -50,7 +53,7 @@ class Window:
 
     def __init__(self, window: tuple[int, int], class_token: bool = False) -> None:
         self.size, self.class_token = window, class_token
-        self.rows, self.code_q, self.code_k = _rows_and_codes(*window, class_token)
+        self.code_q, self.code_k = _codes(window, class_token)
 
     def bias(self, weight: Tensor) -> FactoredBias:
         """Read a table.
@@ -61,22 +64,15 @@ class Window:
         Returns:
             A table in float32 at least, rank 0, differentiable with respect to `weight`.
         """
-        if self.rows.device != weight.device:
-            self.rows, self.code_q, self.code_k = (x.to(weight.device) for x in (self.rows, self.code_q, self.code_k))
-        table = weight.to(wide_dtype(weight))[self.rows].mT.contiguous()
+        if self.code_q.device != weight.device:
+            self.code_q, self.code_k = self.code_q.to(weight.device), self.code_k.to(weight.device)
+        table = window_table(weight, self.class_token)
         return FactoredBias.from_table(table, len(self.code_q), len(self.code_k), self.code_q, self.code_k)
 
 
 @torch.compiler.assume_constant_result
-def _rows_and_codes(height: int, width: int, class_token: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Which row of the model's table each entry of a `WindowBias` table is, and the codes of queries and keys."""
-    # A new table is drawn at random, which must not show in the numbers that the model draws.
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad():
-        numbered = WindowBias(1, (height, width), class_token)
-        numbered.weight.copy_(torch.arange(len(numbered.weight))[:, None])
-        bias = numbered()
-    assert bias.table is not None
-    return bias.table[0].long(), *bias.codes()
+def _codes(window: tuple[int, int], class_token: bool) -> tuple[Tensor, Tensor]:
+    return window_codes(window, class_token)
 
 
 class LatestWindow:
@@ -117,15 +113,50 @@ class OffsetTable:
         return (latest or LatestWindow()).of((height, width), self.class_token).bias(self.weight)
 
 
+@made_once(maxsize=64)
+def shifted_regions(
+    size: tuple[int, ...], window: tuple[int, ...], shift: tuple[int, ...], device: torch.device
+) -> Tensor:
+    """As `shifted_window_regions`: the same tensor for all images of a size."""
+    return shifted_window_regions(size, window, shift, device)
+
+
+class LatestShift:
+    """The factors of the regions that came last: those of all images of one size are one tensor."""
+
+    def __init__(self) -> None:
+        self.regions: Tensor | None = None
+        self.penalty = 0.0
+        self.bias: FactoredBias | None = None
+
+    def of(self, regions: Tensor, penalty: float) -> FactoredBias:
+        """The mask of a shift as factors.
+
+        Args:
+            regions: `[windows, N]`.
+            penalty: what a pair from two of them loses.
+        """
+        if self.bias is not None and regions is self.regions and penalty == self.penalty:
+            return self.bias
+        numbers = torch.arange(REGIONS, device=regions.device)
+        # 100 and 200 are exact in bfloat16, which needs the fewest columns.
+        bias = region_factors(regions[:, None], regions[:, None], numbers, penalty, torch.bfloat16)
+        if may_be_kept():
+            self.regions, self.penalty, self.bias = regions, penalty, bias
+        return bias
+
+
 @dataclass
 class WindowSettings(Settings):
     """Settings of an attention with a table over windows.
 
     Args:
         latest: how the table is read.
+        shift: the mask of its shift.
     """
 
     latest: LatestWindow = field(default_factory=LatestWindow)
+    shift: LatestShift = field(default_factory=LatestShift)
 
 
 def bias_of(
@@ -191,9 +222,9 @@ def attend_in_windows(
                 "call the layer, not its attention"
             )
         query, key, value = (x.unflatten(0, (-1, len(mask))) for x in (query, key, value))
-        numbers = torch.arange(REGIONS, device=mask.device)
-        # 100 and 200 are exact in bfloat16, which needs the fewest columns.
-        bias = bias + region_factors(mask[:, None], mask[:, None], numbers, penalty, torch.bfloat16)
+        settings = settings_of(module)
+        assert isinstance(settings, WindowSettings)
+        bias = bias + settings.shift.of(mask, penalty)
     out = call(module, query, key, value, bias, scale=scale, dropout_p=dropout_p).flatten(-2)
     return out if mask is None else out.flatten(0, 1)
 

@@ -210,7 +210,7 @@ class HopperOperands(Operands):
     @property
     def table_over_scale(self) -> Tensor | None:
         """`[H or 1, T]`: scores are sums over scale, which start from it."""
-        return None if self.table is None else self.table / self.scale
+        return self.table if self.table is None or self.scale == 1.0 else self.table / self.scale
 
     @property
     def table_sizes(self) -> tuple[int, int]:

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from flashbias.biases.regions import shifted_window_regions
 from flashbias.integrations.base import SETTINGS, Changes, known_class
 from flashbias.integrations.timm.base import TimmFamily
+from flashbias.integrations.windows import shifted_regions
 
 __all__ = ["PENALTY", "WindowedFamily"]
 
@@ -71,7 +71,7 @@ def regions_of(block: Any, x: Tensor | None = None, **options: Any) -> Tensor | 
         return type(block).get_attn_mask(block, **options)
     if not any(block.shift_size):
         return None
-    return shifted_window_regions(x.shape[1:3], block.window_size, block.shift_size, x.device)
+    return shifted_regions(tuple(x.shape[1:3]), tuple(block.window_size), tuple(block.shift_size), x.device)
 
 
 def set_input_size(block: Any, *args: Any, **options: Any) -> None:

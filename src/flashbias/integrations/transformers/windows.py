@@ -9,12 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from flashbias.biases.regions import shifted_window_regions
 from flashbias.integrations.base import SETTINGS, Changes, Options, known_class
 from flashbias.integrations.factors import sources_below
 from flashbias.integrations.tables import StaticTable, TableFamily
 from flashbias.integrations.transformers.base import TransformersFamily
-from flashbias.integrations.windows import OffsetTable, WindowSettings
+from flashbias.integrations.windows import OffsetTable, WindowSettings, shifted_regions
 
 __all__ = ["WindowedFamily"]
 
@@ -80,4 +79,4 @@ def regions_of(
     if layer.shift_size <= 0:
         return None
     window, shift = (layer.window_size,) * 2, (layer.shift_size,) * 2
-    return shifted_window_regions((height, width), window, shift, device)
+    return shifted_regions((height, width), window, shift, device or torch.get_default_device())
