@@ -1,13 +1,7 @@
 """Gradient of a relative table, bitwise repeatable.
 
-Many score gradients fall on one entry of the table, in an order that no two runs share. They are therefore added
-as 64-bit integers, whose sum does not depend on the order: dS times a power of two, chosen from a bound on the sum
-so that it cannot overflow. With |dS_ij| <= P_ij * (2 max|dout| max|v| / (1 - dropout) + max|dlse|) and rows of P
-that sum to 1, the sum of all |dS| is at most rows * that bound; what is rounded off is 2^-61 of it. One dS that is
-not finite makes the whole gradient NaN.
-
-Three kernels make it: the largest rows of dout and v, from which everyone works out the power of two for himself, the
-walk over dS, and what brings the sums to floating point. Tensor by tensor the host would launch some thirty.
+Many score gradients fall on one entry of the table, in an order that no two runs share: they are added as whole numbers
+(`fixed_point.py`).
 """
 
 # Triton's language is untyped: jitted functions take and return what annotations cannot say.
@@ -22,6 +16,7 @@ import triton.language as tl
 from flashbias.attention.layout import Sharing, cdiv
 from flashbias.attention.triton.centring import tile_offset
 from flashbias.attention.triton.configs import choose
+from flashbias.attention.triton.fixed_point import FixedPoint
 from flashbias.attention.triton.launcher import start
 from flashbias.attention.triton.operands import Operands, multiprocessors, walk_sizes
 from flashbias.attention.triton.products import product
@@ -38,15 +33,6 @@ from flashbias.attention.triton.scores import (
     weights_and_gradients,
 )
 from flashbias.attention.triton.tiles import group_of, is_visible, load_factor, load_rows, load_tile, locate, member_of
-
-BITS = tl.constexpr(61)
-"""Bits of the fixed-point sum: a sign, one for rounding, and these."""
-
-TINY = tl.constexpr(2.0**-126)
-"""float32's smallest normal number."""
-
-DOUT, V, DLSE, NOT_FINITE = (tl.constexpr(place) for place in range(4))
-"""Places of what the power of two is made of: squares of the largest rows, the largest |dlse|, and whether it fails."""
 
 
 @triton.jit
@@ -70,7 +56,8 @@ def _bwd_dtable_kernel(
     lse_ptr,
     delta_ptr,
     sum_ptr,
-    bound_ptr,
+    power_ptr,
+    failed_ptr,
     stride_qb,
     stride_qh,
     stride_qn,
@@ -128,7 +115,6 @@ def _bwd_dtable_kernel(
     num_blocks_n,
     num_members,
     members_per_split,
-    num_rows,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr,
@@ -166,7 +152,7 @@ def _bwd_dtable_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     offs_r = tl.arange(0, BLOCK_R)
-    fixed, _ = _power_of_two(bound_ptr, num_rows, dropout_p)
+    power = tl.load(power_ptr)
     sum_ptr += walk * (2 * half + 1)
     q_code = offs_m
     k_code = offs_n
@@ -302,103 +288,26 @@ def _bwd_dtable_kernel(
             )  # fmt: skip
             if IS_VARLEN:
                 # Sequences differ in their codes: each adds its own.
-                _add_entries(sum_ptr, bound_ptr, ds * fixed, q_code, k_code, half)
+                _add_entries(sum_ptr, failed_ptr, ds * power, q_code, k_code, half)
             else:
                 ds_sum += ds
                 lse2, delta = next_lse2, next_delta
     if not IS_VARLEN:
-        _add_entries(sum_ptr, bound_ptr, ds_sum * fixed, q_code, k_code, half)
+        _add_entries(sum_ptr, failed_ptr, ds_sum * power, q_code, k_code, half)
 
 
 @triton.jit
-def _add_entries(sum_ptr, bound_ptr, ds, q_code, k_code, half):
+def _add_entries(sum_ptr, failed_ptr, ds, q_code, k_code, half):
     """Add a tile to the table's sums, as integers; a tile in one tail is summed first."""
     total = tl.sum(tl.sum(ds, 1), 0)
     # Integers hold neither NaN nor infinity: that there is one is noted beside them.
-    tl.store(bound_ptr + NOT_FINITE, 1, mask=total - total != 0.0)
+    tl.store(failed_ptr, 1, mask=total - total != 0.0)
     in_tail, entry = tail_of(q_code, k_code, half)
     ds = tl.floor(ds + 0.5).to(tl.int64)
     if in_tail:
         tl.atomic_add(sum_ptr + entry, tl.sum(tl.sum(ds, 1), 0))
     else:
         tl.atomic_add(sum_ptr + table_index(q_code[:, None], k_code[None, :], half), ds)
-
-
-# -------------------------------------------------------------------- the bound
-
-
-@triton.jit
-def _largest_row(x_ptr, sizes, first, step, width, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
-    """Largest sum of squares of a row that this program takes; infinite where one is not finite."""
-    num_rows, num_heads, seqlen, stride_b, stride_h, stride_n = sizes
-    columns = tl.arange(0, COLUMNS)
-    largest = tl.zeros([BLOCK], dtype=tl.float32)
-    for begin in tl.range(first, num_rows, step):
-        row = begin + tl.arange(0, BLOCK).to(tl.int64)
-        bh = row // seqlen
-        base = (bh // num_heads) * stride_b + (bh % num_heads) * stride_h + (row % seqlen) * stride_n
-        inside = (row < num_rows)[:, None] & (columns < width)[None, :]
-        x = tl.load(x_ptr + base[:, None] + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-        squares = tl.sum(x * x, 1)
-        largest = tl.maximum(largest, tl.where(squares == squares, squares, float("inf")))
-    return tl.max(largest, 0)
-
-
-@triton.jit
-def _keep_largest(ptr, x):
-    """Keep the largest of all programs' numbers, which are not negative: then their bits have the same order."""
-    tl.atomic_max(ptr, x.to(tl.int32, bitcast=True))
-
-
-@triton.jit
-def _bound_kernel(
-    dout_ptr, v_ptr, dlse_ptr, bound_ptr, num_rows, num_heads, seqlen_q, stride_dob, stride_doh, stride_don, num_keys,
-    kv_heads, seqlen_k, stride_vb, stride_vh, stride_vn, width, programs, HAS_DLSE: tl.constexpr, BLOCK: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Largest rows of dout and of v, and the largest |dlse|: the first programs take queries, the others keys."""
-    first = tl.program_id(0) * BLOCK
-    step = programs * BLOCK
-    if tl.program_id(0) < programs:
-        of_queries = (num_rows, num_heads, seqlen_q, stride_dob, stride_doh, stride_don)
-        _keep_largest(bound_ptr + DOUT, _largest_row(dout_ptr, of_queries, first, step, width, BLOCK, COLUMNS))
-        if HAS_DLSE:
-            largest = tl.zeros([BLOCK], dtype=tl.float32)
-            for begin in tl.range(first, num_rows, step):
-                row = begin + tl.arange(0, BLOCK).to(tl.int64)
-                x = tl.abs(tl.load(dlse_ptr + row, mask=row < num_rows, other=0.0).to(tl.float32))
-                largest = tl.maximum(largest, tl.where(x == x, x, float("inf")))
-            _keep_largest(bound_ptr + DLSE, tl.max(largest, 0))
-    else:
-        of_keys = (num_keys, kv_heads, seqlen_k, stride_vb, stride_vh, stride_vn)
-        _keep_largest(bound_ptr + V, _largest_row(v_ptr, of_keys, first - step, step, width, BLOCK, COLUMNS))
-
-
-@triton.jit
-def _power_of_two(bound_ptr, num_rows, dropout_p):
-    """By what dS is multiplied, and whether the bound that decides it is a number."""
-    dout = tl.load(bound_ptr + DOUT).to(tl.float32, bitcast=True)
-    v = tl.load(bound_ptr + V).to(tl.float32, bitcast=True)
-    dlse = tl.load(bound_ptr + DLSE).to(tl.float32, bitcast=True)
-    # Squares below float32's smallest normal number are lost: theirs may be this large, too.
-    largest = tl.sqrt(tl.maximum(dout, TINY).to(tl.float64)) * tl.sqrt(tl.maximum(v, TINY).to(tl.float64))
-    bound = (2.0 * largest / (1.0 - dropout_p) + dlse) * num_rows
-    exponent = ((bound.to(tl.int64, bitcast=True) >> 52) & 2047) - 1022
-    # float32 holds powers of two up to 2^127: gradients so small that more would be needed are zero.
-    power = tl.minimum(tl.maximum(-exponent + BITS, -126), 126)
-    fixed = ((power + 127) << 23).to(tl.int32).to(tl.float32, bitcast=True)
-    return fixed, (dout < float("inf")) & (v < float("inf")) & (dlse < float("inf"))
-
-
-@triton.jit
-def _finish_kernel(sum_ptr, bound_ptr, grad_ptr, size, num_rows, dropout_p, BLOCK: tl.constexpr):
-    """The gradient from its sums."""
-    fixed, is_finite = _power_of_two(bound_ptr, num_rows, dropout_p)
-    is_finite &= tl.load(bound_ptr + NOT_FINITE) == 0
-    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    sums = tl.load(sum_ptr + entry, mask=entry < size, other=0).to(tl.float64) / fixed.to(tl.float64)
-    sums = tl.where(is_finite, sums, float("nan"))
-    tl.store(grad_ptr + entry, sums.to(grad_ptr.dtype.element_ty), mask=entry < size)
 
 
 # -------------------------------------------------------------------- launches
@@ -424,44 +333,23 @@ def launch(
     sharing = Sharing(1, ops.num_programs // heads, heads, 1)
     programs = blocks_m * blocks_n * heads
     splits, members = sharing.parts(cdiv(8 * multiprocessors(ops.q.device), programs))
-    num_rows = ops.batch * ops.num_heads * ops.seqlen_q
-    # Behind the sums, in their last two places, four numbers of 32 bits.
-    sums = torch.zeros(grad.numel() + 2, dtype=torch.int64, device=grad.device)
-    bound = sums[-2:].view(torch.int32)
-    _launch_bound(ops, bound, dout, dlse, num_rows)
+    total = FixedPoint.of(ops, grad.numel(), dout, dlse)
     start(
         _bwd_dtable_kernel,
         (programs, splits),
         **arguments,
-        sum_ptr=sums,
-        bound_ptr=bound,
+        sum_ptr=total.sums,
+        power_ptr=total.power,
+        failed_ptr=total.failed,
         **walk_sizes(sharing),
         num_blocks_m=blocks_m,
         num_blocks_n=blocks_n,
         num_members=sharing.members,
         members_per_split=members,
-        num_rows=num_rows,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         maxnreg=config.maxnreg,
     )
-    start(
-        _finish_kernel, (cdiv(grad.numel(), 1024),), sums, bound, grad, grad.numel(), num_rows, ops.dropout_p,
-        BLOCK=1024, num_warps=4,
-    )  # fmt: skip
-
-
-def _launch_bound(
-    ops: Operands, bound: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor | None, num_rows: int
-) -> None:
-    """Fill the numbers from which the power of two is made."""
-    num_keys = ops.v.shape[0] * ops.v.shape[1] * ops.seqlen_k
-    block = max(16, 4096 // ops.block_dv)
-    programs = min(cdiv(max(num_rows, num_keys), block), 4 * multiprocessors(ops.q.device))
-    start(
-        _bound_kernel, (2 * programs,), dout, ops.v, None if dlse is None else dlse.contiguous(), bound, num_rows,
-        ops.num_heads, ops.seqlen_q, *dout.stride()[:3], num_keys, ops.v.shape[1], ops.seqlen_k, *ops.v.stride()[:3],
-        ops.head_dim_v, programs, HAS_DLSE=dlse is not None, BLOCK=block, COLUMNS=ops.block_dv, num_warps=4,
-    )  # fmt: skip
+    total.write(grad)
