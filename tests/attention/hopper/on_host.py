@@ -307,6 +307,11 @@ def _store(pointer: Pointer, value: Tensor, mask: Any = True) -> None:
     pointer.x.view(-1)[index[mask]] = value.expand(index.shape)[mask].to(pointer.x.dtype)
 
 
+def _atomic_add(pointer: Pointer, value: Tensor) -> None:
+    index, value = torch.broadcast_tensors(torch.as_tensor(pointer.index), value)
+    pointer.x.view(-1).index_add_(0, index.flatten(), value.flatten())
+
+
 def _either(of_tensors: Callable[..., Tensor], of_numbers: Callable[..., int]) -> Callable[..., Any]:
     """A function of tensors, or of numbers."""
 
@@ -336,7 +341,7 @@ class Device:
             full=lambda shape, x, dtype, layout: torch.full([int(n) for n in shape], x, dtype=dtype),
             minimum=_either(torch.minimum, min), maximum=_either(torch.maximum, max), where=self._where,
             max=lambda x, axis: _number(x.amax(axis)), sum=lambda x, axis: x.sum(axis), log2=torch.log2,
-            load=_load, store=_store, convert_layout=lambda x, layout: x,
+            load=_load, store=_store, atomic_add=_atomic_add, floor=torch.floor, convert_layout=lambda x, layout: x,
             program_id=lambda axis: self._program(), num_programs=lambda axis: self.programs,
             allocate_shared_memory=self._allocate, warp_specialize=self._warp_specialize,
             NVMMADistributedLayout=lambda *_: None, SliceLayout=lambda *_: None, DotOperandLayout=lambda *_: None,

@@ -2,8 +2,8 @@
 
 The fused kernel adds parts of dq, dphi_q and dphi_k as its programs come to it, or in one order: then it is repeatable
 to the bit, and somewhat slower (`order.py`). Wide factors that many (batch, head) pairs share get their gradients from
-a kernel of its own (`triton/shared.py`), which has no order; a table gets its own gradient from a portable kernel
-(`triton/table.py`), which walks over all that share it.
+a kernel of its own (`triton/shared.py`), which has no order; a table gets its own gradient from a kernel that walks
+over all that share it (`table.py`), windows of few queries and packed batches from the portable one.
 What it does not do goes to the portable kernels: heads wider than 128, and values wider than 64 beside queries that are
 not; tables beside wide heads or packed batches, short windows, which one tile holds, factors that grouped heads do not
 share, gradients of factors beside float16 queries, whose precision bfloat16 operands lack, and beside centres by tile
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashbias.attention.hopper import NARROW_IF_PACKED, slabs
+from flashbias.attention.hopper import NARROW_IF_PACKED, slabs, table
 from flashbias.attention.hopper.chunks import half_columns, sum_count
 from flashbias.attention.hopper.configs import (
     NARROWEST,
@@ -45,7 +45,8 @@ from flashbias.attention.hopper.schedule import Band, Schedule, banded, jagged, 
 from flashbias.attention.hopper.wide import _bwd_wide_kernel
 from flashbias.attention.layout import cdiv
 from flashbias.attention.triton import backward as portable
-from flashbias.attention.triton import shared, table, window
+from flashbias.attention.triton import shared, window
+from flashbias.attention.triton import table as portable_table
 from flashbias.attention.triton.assembler import soundly_assembled
 from flashbias.attention.triton.launcher import start
 from flashbias.attention.triton.operands import flattened, multiprocessors, strides_of
@@ -247,8 +248,7 @@ def launch_as(
         if grad.numel() and ops.flat(grad).data_ptr() != made.data_ptr():
             ops.flat(grad).copy_(made)
     if needs_grad[5]:
-        rows = {"dout_ptr": dout, "lse_ptr": lse2, "delta_ptr": delta, "stride_lse": lse2.shape[-1]}
-        table.launch(ops.portable(), grads[5], dout, dlse, rows | strides_of("do", dout))
+        _launch_table(ops, grads[5], dout, dlse, lse2, delta)
     if apart and factors is not None and (need_phi_q or need_phi_k):
         shared.launch(ops, (factors.phi_q, factors.phi_k), (sum_q, sum_k), dout, lse2, delta)
     if dpq is not None:
@@ -256,6 +256,18 @@ def launch_as(
     for grad, sums in ((grads[3], sum_q), (grads[4], sum_k)):
         if sums is not None:
             grad.view(-1, sums.shape[1], rank).copy_(sums[..., :rank])
+
+
+def _launch_table(
+    ops: HopperOperands, grad: Tensor, dout: Tensor, dlse: Tensor | None, lse2: Tensor, delta: Tensor
+) -> None:
+    """Fill the gradient of the table, by the kernel that can."""
+    config = table.fits(ops)
+    if config is not None:
+        table.launch(config, ops, grad, dout, dlse, lse2, delta)
+        return
+    rows = {"dout_ptr": dout, "lse_ptr": lse2, "delta_ptr": delta, "stride_lse": lse2.shape[-1]}
+    portable_table.launch(ops.portable(), grad, dout, dlse, rows | strides_of("do", dout))
 
 
 def _unfold_dphi_q(ops: HopperOperands, sums: Tensor, summable: Summable | None, grad: Tensor) -> None:

@@ -13,13 +13,16 @@ __all__ = [
     "NARROWEST",
     "ROWS",
     "SLAB",
+    "TABLE_KEYS",
     "BackwardConfig",
     "Config",
+    "TableConfig",
     "backward_config",
     "columns_of",
     "forward_config",
     "holds_output",
     "ready_columns",
+    "table_config",
     "tail_of",
     "width_of",
 ]
@@ -295,3 +298,34 @@ def backward_bytes(config: BackwardConfig, block_d: int, block_dv: int, block_r:
         rows += config.consumers % 2
     singles = SLAB * (2 * config.dq_columns(block_d) + block_g) + block_n * block_g + rows * config.stages * SLAB
     return 2 * halves + 4 * singles + BARRIERS + (QUEUE if config.draws else 0)
+
+
+TABLE_KEYS = 64
+"""Keys of a program that sums the gradient of a table."""
+
+
+@dataclass(frozen=True)
+class TableConfig(Warpgroups):
+    """Warpgroups that compute, each with 64 queries, and pairs in flight, of a program that sums a table's gradient."""
+
+    stages: int
+    consumers: int = 3
+    programs: int = 1
+
+    @property
+    def block_m(self) -> int:
+        """Queries of a program."""
+        return ROWS * self.consumers
+
+
+def table_config(block_d: int, block_dv: int, block_r: int) -> TableConfig | None:
+    """Pick how many pairs are in flight; None where not even two fit into shared memory.
+
+    Args:
+        block_d: width of queries and keys as held.
+        block_dv: width of values as held.
+        block_r: packed columns of the factors, 0 without.
+    """
+    one = 2 * (3 * ROWS + TABLE_KEYS) * (block_d + block_dv + block_r)
+    stages = min(4, (SHARED_MEMORY - BARRIERS) // one)
+    return TableConfig(stages) if stages >= 2 else None
