@@ -24,7 +24,8 @@ from triton.runtime.jit import JITFunction
 
 from flashbias.attention.hopper import backward, forward
 from flashbias.attention.hopper.gluon import TensorDescriptor
-from flashbias.attention.hopper.operands import RANKS, HopperOperands, Summable, descriptor, layout_of
+from flashbias.attention.hopper.operands import HopperOperands, Summable, descriptor, layout_of
+from flashbias.attention.registration import RANKS
 
 BATCH, HEADS, N, D = 2, 3, 96, 32
 
