@@ -31,8 +31,8 @@ __all__ = ["Arguments", "Heads", "Tier", "backward", "forward", "tiers_of"]
 SLOWDOWN = {0: 1.0, 16: 1.08, 32: 1.15, 64: 1.24, 128: 1.47, 256: 2.37}
 """Time of a forward pass over that without factors, by packed columns.
 
-At 64, 128 and 256 the mean of the shapes in `benchmarks/results/h200/columns.txt`, which lie between 1.13 and 1.41, 1.39
-and 1.59, 2.02 and 3.04; at 16 and 32 interpolated, not measured.
+At 64, 128 and 256 the mean of the shapes in `benchmarks/results/h200/columns.txt`, which lie between 1.13 and 1.41,
+1.39 and 1.59, 2.02 and 3.04; at 16 and 32 interpolated, not measured.
 """
 
 FLOPS_PER_MS = 400e9
@@ -356,7 +356,7 @@ def backward(
             continue
         wholes = grads if sums is None else [*grads[:5], sums[n]]
         parts = [part if need else None for part, need in zip(_gradients(wholes, tier), needs, strict=True)]
-        made = [grad if part is None else part.room() for grad, part in zip(grads, parts, strict=True)]
+        made = [dout.new_empty(0) if part is None else part.room() for part in parts]
         launch(
             made, heads.of(dout), None if dlse is None else heads.of(dlse, -2), None if out is None else heads.of(out),
             heads.of(lse, -2).contiguous(), needs, *shared.of(tier),
