@@ -347,6 +347,23 @@ class TestLaunches:
             assert all(x is y or x == y for x, y in zip(found, (*first, *arguments), strict=True))
             assert found[-1] is handed
 
+    def test_a_block_of_keys_has_no_output(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Gradients are then measured from that of the log-sum-exp alone, in each tier as in the whole."""
+        tiers_for_every_width(monkeypatch)
+        problem = HALF.build(torch.bfloat16)
+        query, seen = problem.tensors["query"], []
+        grads = [torch.empty_like(query), *(torch.empty(0),) * 5]
+        lse, needs = torch.randn(query.shape[:-1]), (True, *(False,) * 5)
+        tiers.backward(
+            lambda *given: seen.append(given[:6]), grads, problem.dout, problem.dlse, None, lse, needs,
+            *arguments_of(problem),
+        )  # fmt: skip
+        assert len(seen) == 4
+        for (_, dout, dlse, out, own, also), heads in zip(seen, ([2], [0, 5], [3], [1, 4]), strict=True):
+            assert out is None and also == needs
+            for found, whole in ((dout, problem.dout), (dlse, problem.dlse), (own, lse)):
+                assert torch.equal(found, whole[:, heads])
+
     def test_nothing_is_handed_to_a_tier(self, launches: Launches) -> None:
         """Neither to be filled nor, where it was not, to be read."""
         problem = Case("handed", heads=4, n=150, head_dim=64, rank=7, ranks=(0, 7, 2, 1), phi_q=(4,), phi_k=(4,)).build(
