@@ -1,10 +1,12 @@
-"""What heads of different rank cost: by tiers, in one launch for all, and by the portable kernels.
+"""What heads of different rank cost: in tiers, in one launch for all, and by the portable kernels.
 
     python3 benchmarks/ranks.py [case ...]
 
 Milliseconds, for each case: the forward pass, then forward and backward with frozen factors, then with factors that
-learn. Factors are bfloat16 and the scale is a power of two, so that the packed columns are as many as the rank.
-First every case runs once for each contestant, all in processes of their own, since most of the time goes to compiling.
+learn. Every width of packed columns is a tier here, whatever it costs; beside it stands how many tiers a call would
+have, by the estimate (0: it is launched as it is). Factors are bfloat16 and the scale is a power of two, so that the
+packed columns are as many as the rank. First every case runs once for each contestant, all in processes of their own,
+since most of the time goes to compiling.
 """
 
 from __future__ import annotations
@@ -43,10 +45,11 @@ CASES = {
 }
 """Factors of each are shared over the batch."""
 
+SCALE = 0.125
 CONTESTANTS = ("tiers", "together", "portable")
 TRAINING = ("forward", "frozen", "learned")
-NEVER = 1e9
-"""Milliseconds of a launch for which nothing is launched apart."""
+COSTS = {"tiers": (0.0, float("inf")), "together": (1e9, 1.0)}
+"""Milliseconds of a launch and bytes copied in one, for which each width is launched apart, or none is."""
 
 
 def main() -> None:
@@ -60,7 +63,7 @@ def main() -> None:
             with chosen(contestant) as impl:
                 times[contestant, training] = milliseconds(step(CASES[name], training, impl))
         groups = [f"{training} " + " ".join(f"{times[c, training]:.3f}" for c in CONTESTANTS) for training in TRAINING]
-        print(f"{name}, {count(CASES[name])} tiers ({', '.join(CONTESTANTS)}):", "; ".join(groups), flush=True)
+        print(f"{name}, estimate {estimated(CASES[name])} ({', '.join(CONTESTANTS)}):", "; ".join(groups), flush=True)
 
 
 def compiled(name: str, contestant: str) -> None:
@@ -73,12 +76,12 @@ def compiled(name: str, contestant: str) -> None:
 
 @contextmanager
 def chosen(contestant: str) -> Iterator[str]:
-    """The implementation that stands for a contestant, told whether it may take heads apart."""
-    launch_ms = tiers.LAUNCH_MS
+    """The implementation that stands for a contestant, told what taking heads apart costs."""
+    costs = tiers.LAUNCH_MS, tiers.COPIED_PER_MS
+    tiers.LAUNCH_MS, tiers.COPIED_PER_MS = COSTS.get(contestant, costs)
     tiers.decided.cache_clear()
-    tiers.LAUNCH_MS = NEVER if contestant == "together" else launch_ms
     yield "triton" if contestant == "portable" else "hopper"
-    tiers.LAUNCH_MS = launch_ms
+    tiers.LAUNCH_MS, tiers.COPIED_PER_MS = costs
     tiers.decided.cache_clear()
 
 
@@ -94,25 +97,18 @@ def step(case: Case, training: str, impl: str) -> Callable[[], object]:
     bias = fb.FactoredBias(phi_q, phi_k, ranks=case.ranks)
 
     def run() -> object:
-        out = fb.attention(q, k, v, bias, scale=0.125, impl=impl)
+        out = fb.attention(q, k, v, bias, scale=SCALE, impl=impl)
         return torch.autograd.grad(out, leaves, dout) if leaves else out
 
     return run
 
 
-def count(case: Case) -> int:
-    """How many tiers the estimate chooses."""
-    found = []
-    forward = tiers.tiers_of
-
-    def spy(arguments: object) -> object:
-        found.append(max(1, len(chosen := forward(arguments))))
-        return chosen
-
-    tiers.tiers_of = spy
-    step(case, "forward", "hopper")()
-    tiers.tiers_of = forward
-    return found[0]
+def estimated(case: Case) -> int:
+    """How many tiers a call has by the estimate, 0 where it is launched as it is."""
+    rows, width = case.batch * case.tokens, case.head_dim
+    form = tiers.Form(torch.bfloat16, torch.bfloat16, SCALE, torch.bfloat16)
+    size = tiers.Size(rows * case.tokens, rows, rows, width, width, itemsize=2)
+    return len(tiers.decided(case.ranks, 1, max(case.ranks), form, size))
 
 
 def milliseconds(run: Callable[[], object]) -> float:
