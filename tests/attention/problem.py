@@ -175,6 +175,8 @@ def _mask(case: Case, generator: torch.Generator, device: str) -> Tensor | None:
         lengths = m - torch.arange(case.batch[0]) * (m // 3)
         keep = torch.arange(m) < lengths[:, None]
         keep = keep.reshape(case.batch[0], *(1,) * (len(case.batch) + 1), m)
+    elif case.mask == "heads":  # each head has keys of its own, the same for all queries
+        keep = torch.rand(*case.batch, case.heads, 1, m, generator=generator) > 0.4
     elif case.mask == "matrix":  # one for all
         keep = torch.rand(n, m, generator=generator) > 0.4
     elif case.mask == "full":

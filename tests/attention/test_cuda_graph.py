@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.attention.machine import tiers_for_every_width
 from tests.conftest import INTERPRETED
 from torch import Tensor
 
@@ -32,6 +33,11 @@ def ranks(leaves: Leaves) -> fb.FactoredBias:
     return fb.FactoredBias(leaves["phi_q"], leaves["phi_k"], ranks=(1, 8, 3, 5))
 
 
+def tiers(leaves: Leaves) -> fb.FactoredBias:
+    """In the kernels for Hopper two launches, of a head that is a view and of heads that are copied."""
+    return fb.FactoredBias(leaves["phi_q"], leaves["phi_k"], leaves["table"], ranks=(8, 8, 0, 8))
+
+
 def table(leaves: Leaves) -> fb.FactoredBias:
     return fb.FactoredBias(leaves["phi_q"], leaves["phi_k"], leaves["table"])
 
@@ -51,12 +57,14 @@ def drawn(seed: int) -> Leaves:
     return {name: x.cuda().requires_grad_() for name, x in made.items()}
 
 
-@pytest.mark.parametrize("bias", [alibi, factors, ranks, table, mixed], ids=lambda bias: bias.__name__)
+@pytest.mark.parametrize("bias", [alibi, factors, ranks, tiers, table, mixed], ids=lambda bias: bias.__name__)
 @pytest.mark.parametrize("impl", ["auto", "triton"])
-def test_a_captured_step_gives_the_same_bits(impl: str, bias: Any) -> None:
+def test_a_captured_step_gives_the_same_bits(impl: str, bias: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Replayed with other numbers in the same tensors, outputs and gradients are what they are without a graph."""
     if bias is mixed and impl != "auto":
         pytest.skip("dense heads go through torch")
+    if bias is tiers:
+        tiers_for_every_width(monkeypatch)
 
     def step(leaves: Leaves) -> list[Tensor]:
         out = fb.attention(

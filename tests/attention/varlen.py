@@ -24,6 +24,8 @@ class VarlenCase:
     heads: int = 2
     kv_heads: int | None = None
     rank: int = 5
+    ranks: tuple[int, ...] | None = None
+    phi_q_heads: int = 1
     phi_k_heads: int = 2
     head_dim: int = 16
     table: int | None = None
@@ -34,7 +36,8 @@ class VarlenCase:
         lengths_q, lengths_k = (tuple(stretch * n for n in lengths) for lengths in (self.lengths_q, self.lengths_k))
         case = Case(
             self.name, batch=(), heads=self.heads, kv_heads=self.kv_heads, n=sum(lengths_q), m=sum(lengths_k),
-            head_dim=self.head_dim, rank=self.rank, phi_q=(1,), phi_k=(self.phi_k_heads,), table=self.table,
+            head_dim=self.head_dim, rank=self.rank, ranks=self.ranks, phi_q=(self.phi_q_heads,),
+            phi_k=(self.phi_k_heads,), table=self.table,
         )  # fmt: skip
         problem = case.build(dtype, device)
         for name in ("query", "key", "value"):  # tokens first
@@ -66,7 +69,8 @@ class Packed:
     def attend(self, impl: str, leaves: dict[str, Tensor], **options: Any) -> Any:
         bias = None
         if self.case.rank or self.case.table:
-            bias = fb.FactoredBias(leaves["phi_q"], leaves["phi_k"], leaves.get("table"))
+            table = leaves.get("table")
+            bias = fb.FactoredBias(leaves["phi_q"], leaves["phi_k"], table, ranks=self.case.ranks)
         cu_q, cu_k = (
             torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=self.dout.device)
             for lengths in (self.lengths_q, self.lengths_k)

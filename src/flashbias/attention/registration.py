@@ -32,6 +32,9 @@ TENSORS = 12
 ARGUMENTS = 21
 """How many arguments they share."""
 
+RANKS = 14
+"""Place of `ranks` among them."""
+
 UNBOUNDED = -1
 """What stands for an open side of a window in the operators' schema."""
 

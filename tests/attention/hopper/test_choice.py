@@ -239,9 +239,7 @@ class TestChoice:
     def test_where_it_is_slower(self, changes: dict[str, Any], expected: bool) -> None:
         assert hopper.is_slower(call(**changes)) == expected
 
-    @pytest.mark.parametrize(
-        ("ranks", "expected"), [((16, 16), False), ((16, 1), False), ((16, 0), False), ((8, 7), True)]
-    )
-    def test_heads_of_small_rank_beside_a_large_one(self, ranks: tuple[int, int], expected: bool) -> None:
-        """Twice the mean, and no more, may the largest be; here the factors have 16 columns."""
-        assert hopper.is_slower(call(n=256, m=256, bias=factors(16, 256, 256, ranks=ranks))) == expected
+    @pytest.mark.parametrize("ranks", [(16, 16), (16, 1), (16, 0), (8, 7)], ids=str)
+    def test_heads_of_small_rank_beside_a_large_one(self, ranks: tuple[int, int]) -> None:
+        """Each head pays for its own rank (`tiers.py`), however uneven they are."""
+        assert not hopper.is_slower(call(n=256, m=256, bias=factors(16, 256, 256, ranks=ranks)))

@@ -24,7 +24,8 @@ from triton.runtime.jit import JITFunction
 
 from flashbias.attention.hopper import backward, forward
 from flashbias.attention.hopper.gluon import TensorDescriptor
-from flashbias.attention.hopper.operands import RANKS, HopperOperands, Summable, descriptor, layout_of
+from flashbias.attention.hopper.operands import HopperOperands, Summable, descriptor, layout_of
+from flashbias.attention.registration import RANKS
 
 BATCH, HEADS, N, D = 2, 3, 96, 32
 
@@ -321,3 +322,11 @@ class TestRanks:
         assert torch.equal(ops.phi_q, clean.phi_q)
         assert torch.equal(ops.phi_k, clean.phi_k)
         assert ops.rank == 4
+
+    def test_ranks_without_columns(self) -> None:
+        """A bias that is a table, with the rank 0 in every head."""
+        q, k, v = torch.randn(3, 2, 2, 20, 16, dtype=torch.bfloat16)
+        ops = HopperOperands.of(
+            q, k, v, None, None, torch.zeros(2, 9), *[None] * 6, 20, 20, [0, 0], 0.25, -1, -1, False, 0.0
+        )
+        assert ops.rank == ops.columns == 0

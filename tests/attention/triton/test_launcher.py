@@ -16,10 +16,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.attention.cases import CASES
+from tests.attention.machine import allow_hopper, tiers_for_every_width
 from tests.attention.problem import LEAVES, Case
 from tests.attention.varlen import VARLEN, VarlenCase
 from tests.conftest import INTERPRETED
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 if INTERPRETED:
@@ -31,9 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction, driver
 
-from flashbias.attention import hopper
 from flashbias.attention import triton as portable
-from flashbias.attention.call import Call
 from flashbias.attention.triton import launcher
 
 ROOMS = [importlib.import_module(f"flashbias.attention.{name}") for name in ("triton", "hopper")]
@@ -132,11 +130,10 @@ def test_every_launch_is_what_triton_would_launch(
     """Twice each case of the grid, so that all kernels of the second time are found; cases follow each other."""
     if impl == "hopper" and dtype == "float32":
         pytest.skip("half precision only")
-    for kernels in (hopper, portable):
-        monkeypatch.setattr(kernels, "unavailable", lambda *_: None)
     # Everything but that tensors lie on the CPU.
+    monkeypatch.setattr(portable, "unavailable", lambda *_: None)
     monkeypatch.setattr(portable, "_on_kernel_device", lambda kind: True)
-    monkeypatch.setattr(hopper, "unsupported", on_this_machine(hopper.unsupported))
+    allow_hopper(monkeypatch)
     done = 0
     for case in CASES:
         problem = case.build(DTYPES[dtype])
@@ -166,8 +163,7 @@ def test_passes_that_differ_in_what_learns_and_in_order(
     """Calls of the same shapes follow each other; the fused kernel does the backward pass wherever it can."""
     from flashbias.attention.hopper import backward
 
-    monkeypatch.setattr(hopper, "unavailable", lambda *_: None)
-    monkeypatch.setattr(hopper, "unsupported", on_this_machine(hopper.unsupported))
+    allow_hopper(monkeypatch)
     monkeypatch.setattr(backward, "is_slower", lambda *_: False)
     own = {"phi_q": (2, 2), "phi_k": (2, 2)}
     wide = [
@@ -196,15 +192,45 @@ def test_passes_that_differ_in_what_learns_and_in_order(
     assert fused | {("_bwd_kernel", False, True), ("_bwd_wide_kernel", False, True)} <= launched
 
 
-def on_this_machine(unsupported: Any) -> Any:
-    """As the function, asked of the same call on a GPU."""
+WIDE = {"n": 150, "rank": 80, "same_dtype": True}
+SMALL = {"head_dim": 32, "phi_q": (4,), "phi_k": (4,)}
+RANKED = [
+    Case("irregular", heads=6, head_dim=64, ranks=(4, 80, 0, 20, 80, 3), phi_q=(6,), phi_k=(6,), **WIDE),
+    Case("steps", heads=4, head_dim=64, ranks=(4, 80) * 2, phi_q=(2, 4), phi_k=(4,), layout="transposed", **WIDE),
+    Case("groups", heads=6, kv_heads=3, ranks=(4, 0, 80, 20, 0, 0), phi_q=(6,), phi_k=(6,), mask="heads", **WIDE),
+    Case("tables", n=150, heads=4, rank=8, ranks=(8, 1, 0, 2), table=9, **SMALL),
+    Case("windows", batch=(2, 3), n=150, heads=4, rank=40, ranks=(0, 40, 3, 4), **SMALL | {"phi_q": (1, 3, 4)}),
+    VarlenCase("packed", (130, 0, 64), (97, 40, 64), 4, rank=8, ranks=(8, 1, 0, 2), phi_q_heads=4, phi_k_heads=4),
+]
+"""Heads of different rank, which are launched in tiers."""
 
-    def asked(call: Call) -> str | None:
-        with FakeTensorMode():
-            query = torch.empty(call.query.shape, dtype=call.query.dtype, device="cuda")
-        return unsupported(replace(call, query=query))
 
-    return asked
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("case", RANKED, ids=lambda case: case.name)
+def test_tiers(case: Any, dtype: str, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is a call of its own, whose kernels are found again."""
+    from flashbias.attention.hopper import backward, tiers
+
+    allow_hopper(monkeypatch)
+    tiers_for_every_width(monkeypatch)
+    monkeypatch.setattr(backward, "is_slower", lambda *_: False)
+    counts: list[int] = []
+    decide = tiers.tiers_of
+    monkeypatch.setattr(tiers, "tiers_of", lambda given: counts.append(len(found := decide(given))) or found)
+    problem = case.build(DTYPES[dtype])
+    longest = {"max_seqlen_q": 130, "max_seqlen_k": 97} if isinstance(case, VarlenCase) else {}
+    for wanted, deterministic in itertools.product(LEARNED, (False, True)):
+        launched = []
+        for _ in range(2):
+            leaves, start, known = problem.leaves(wanted), len(machine.launches), machine.found
+            out = problem.attend("hopper", leaves, deterministic=deterministic, **longest)
+            if out.requires_grad:
+                out.backward(problem.dout)
+            launched.append([launch.made.name for launch in machine.launches[start:]])
+        assert launched[0] == launched[1]
+        assert machine.found - known == len(launched[1]) // 2  # each is launched by Triton too, for comparison
+        assert launched[1].count("_fwd_kernel") == 2 * counts[-1] > 2
+    assert len(set(counts)) == 1, "a backward pass has other tiers than its forward pass"
 
 
 @triton.jit

@@ -11,7 +11,6 @@ from torch import Tensor
 from flashbias.attention import packing, registration
 from flashbias.attention.call import HALF, Call
 from flashbias.attention.hopper.configs import ready_columns
-from flashbias.factored import FactoredBias
 
 __all__ = ["is_slower", "run", "unavailable", "unsupported"]
 
@@ -27,9 +26,6 @@ The output of queries narrower than their values has room of its own, that of wi
 
 WIDEST_CENTRED = 8
 """Rank of float32 factors up to which offsets of tiles are worked out beside the products; an estimate."""
-
-UNEVEN = 2
-"""Times the mean rank of the heads that the largest is, from which on heads are not all given the largest."""
 
 SHORT = 128
 """Queries that do not fill one tile."""
@@ -142,12 +138,7 @@ def is_slower(call: Call) -> bool:
     Of a packed batch the mean length is what counts: it is known without waiting for the GPU.
     """
     if call.varlen is None:
-        return call.seqlen_q <= SHORT or _is_uneven(call.bias)
+        return call.seqlen_q <= SHORT
     sequences = max(call.varlen.cu_seqlens_q.shape[0] - 1, 1)
     is_narrow = max(call.query.shape[-1], call.value.shape[-1]) <= NARROW_IF_PACKED
-    return is_narrow or call.seqlen_q <= SHORT * sequences or _is_uneven(call.bias)
-
-
-def _is_uneven(bias: FactoredBias | None) -> bool:
-    """Whether the largest rank of a head is far from the mean: an estimate, which has not been measured."""
-    return bias is not None and bias.ranks is not None and bias.rank * len(bias.ranks) > UNEVEN * sum(bias.ranks)
+    return is_narrow or call.seqlen_q <= SHORT * sequences

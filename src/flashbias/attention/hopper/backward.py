@@ -12,13 +12,14 @@ gradients of factors that pairs share too. So does what they do faster (`is_slow
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false
+import functools
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flashbias.attention.hopper import NARROW_IF_PACKED, slabs, table
+from flashbias.attention.hopper import NARROW_IF_PACKED, slabs, table, tiers
 from flashbias.attention.hopper.chunks import half_columns, sum_count
 from flashbias.attention.hopper.configs import (
     NARROWEST,
@@ -74,7 +75,25 @@ def launch(
     *arguments: Any,
     repeatable: bool = False,
 ) -> None:
-    """Fill the gradients that are needed; arguments as in the portable `launch`, and whether to add in one order."""
+    """Fill the gradients that are needed, heads of different rank in tiers.
+
+    Arguments as in the portable `launch`, and whether to add in one order.
+    """
+    together = functools.partial(launch_together, repeatable=repeatable)
+    tiers.backward(together, grads, dout, dlse, out, lse, needs_grad, *arguments)
+
+
+def launch_together(
+    grads: list[Tensor],
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor | None,
+    lse: Tensor,
+    needs_grad: tuple[bool, ...],
+    *arguments: Any,
+    repeatable: bool = False,
+) -> None:
+    """Fill the gradients of all heads at once; arguments as in `launch`."""
     ops = HopperOperands.of(*arguments)
     config = chosen(ops, needs_grad, repeatable)
     if config is None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from flashbias.attention.hopper import tiers
 from flashbias.attention.hopper.configs import ROWS, Config, forward_config, holds_output, tail_of, width_of
 from flashbias.attention.hopper.join import join
 from flashbias.attention.hopper.online import _fwd_kernel
@@ -29,7 +30,12 @@ __all__ = ["launch"]
 
 @soundly_assembled
 def launch(out: torch.Tensor, lse: torch.Tensor, *arguments: Any) -> None:
-    """Fill `out` and `lse`; the arguments are those that the operators share (`attention/registration.py`)."""
+    """Fill `out` and `lse`, heads of different rank in tiers; the operators share the arguments."""
+    tiers.forward(launch_together, out, lse, *arguments)
+
+
+def launch_together(out: torch.Tensor, lse: torch.Tensor, *arguments: Any) -> None:
+    """Fill `out` and `lse` for all heads at once; arguments as in `attention/registration.py`."""
     ops = HopperOperands.of(*arguments)
     launch_as(_config(ops.block_d, ops.block_dv, ops.columns, ops.table is not None), ops, out, lse)
 

@@ -16,6 +16,7 @@ from flashbias.attention.hopper.configs import NARROWEST, ready_columns
 from flashbias.attention.hopper.gluon import TensorDescriptor, gl
 from flashbias.attention.hopper.pack import ReadyFactors
 from flashbias.attention.layout import cdiv
+from flashbias.attention.registration import RANKS
 from flashbias.attention.triton.operands import Operands, flattened
 from flashbias.constants import on_device
 
@@ -49,9 +50,6 @@ _ANY = 2**31 - 2**16
 
 WIDEST_BESIDE_TABLE = 64
 """Width of heads up to which the fused backward pass looks entries of a table up."""
-
-RANKS = 14
-"""Place of `ranks` among the arguments that the operators share; factors are at 3 and 4."""
 
 _ELEMENTS = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 
@@ -162,9 +160,9 @@ class HopperOperands(Operands):
     @classmethod
     def of(cls, *arguments: Any) -> Self:
         """As `Operands.of`; what the copy engine cannot address is copied, columns that a head lacks become zeros."""
+        *first, phi_q, phi_k = arguments[:5]
         ranks = arguments[RANKS]
-        if ranks:
-            *first, phi_q, phi_k = arguments[:5]
+        if ranks and phi_q is not None:
             padding = _padding(tuple(ranks), phi_q.shape[-1], phi_q.device)
             factors = (phi.masked_fill(padding, 0.0) for phi in (phi_q, phi_k))
             arguments = (*first, *factors, *arguments[5:RANKS], [], *arguments[RANKS + 1 :])
