@@ -169,6 +169,10 @@ def test_passes_that_differ_in_what_learns_and_in_order(
     wide = [
         Case("wide", n=150, head_dim=width, mask=mask, **own) for width in (64, 80, 128) for mask in (None, "padding")
     ]
+    wide += [
+        Case("table", n=150, head_dim=32, table=33, codes=codes, mask=mask, rank=rank)
+        for codes, mask, rank in ((None, None, 0), ("window", None, 5), (None, "padding", 5))
+    ]
     packed = [*VARLEN, *(replace(case, head_dim=80) for case in VARLEN)]
     launched = set()
     for case in (*CASES, *wide, *packed):
@@ -189,7 +193,8 @@ def test_passes_that_differ_in_what_learns_and_in_order(
             kernels = {launch.made.name for launch in machine.launches[before:]}
             launched |= {(name, isinstance(case, VarlenCase), deterministic) for name in kernels}
     fused = {(name, is_packed, False) for name in ("_bwd_kernel", "_bwd_wide_kernel") for is_packed in (False, True)}
-    assert fused | {("_bwd_kernel", False, True), ("_bwd_wide_kernel", False, True)} <= launched
+    ordered = {(name, False, True) for name in ("_bwd_kernel", "_bwd_wide_kernel", "_dtable_kernel")}
+    assert fused | ordered | {("_dtable_kernel", False, False)} <= launched
 
 
 WIDE = {"n": 150, "rank": 80, "same_dtype": True}
