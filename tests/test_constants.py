@@ -64,7 +64,7 @@ def test_the_cache_does_not_grow_for_ever() -> None:
 
     for n in (1, 2, 2, 3, 2, 1):
         made(n)
-    assert calls == [1, 2, 3, 1]
+    assert calls == [1, 2, 3, 1]  # the oldest goes first
 
 
 def test_what_is_made_for_a_cuda_graph_is_not_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,8 +74,10 @@ def test_what_is_made_for_a_cuda_graph_is_not_for_others(monkeypatch: pytest.Mon
     def made(n: int) -> torch.Tensor:
         return torch.zeros(n)
 
+    before = made(2)
     monkeypatch.setattr(constants.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(constants.torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert made(2) is before, "what was there before is found"
     in_graph = made(1)
     monkeypatch.setattr(constants.torch.cuda, "is_current_stream_capturing", lambda: False)
     assert made(1) is not in_graph

@@ -7,7 +7,7 @@ the GPU has been given to do, and could not be part of a CUDA graph.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -22,7 +22,8 @@ Made = TypeVar("Made")
 def made_once(maxsize: int) -> Callable[[Callable[P, Made]], Callable[P, Made]]:
     """Decorate a function of what can be hashed, which makes tensors: the same each time, which nobody may change.
 
-    What is made for a graph (of torch.compile or of CUDA), or by a mode such as that of fake tensors, is not kept.
+    What is made for a graph (of torch.compile or of CUDA), or by a mode such as that of fake tensors, is not kept; a
+    CUDA graph finds what has been made before.
 
     Args:
         maxsize: for how many arguments they are kept.
@@ -32,11 +33,22 @@ def made_once(maxsize: int) -> Callable[[Callable[P, Made]], Callable[P, Made]]:
     """
 
     def decorate(make: Callable[P, Made]) -> Callable[P, Made]:
-        once = functools.lru_cache(maxsize)(torch.inference_mode(mode=False)(make))
+        kept: dict[Hashable, Made] = {}
 
         @functools.wraps(make)
         def made(*args: P.args, **kwargs: P.kwargs) -> Made:
-            return (once if may_be_kept() else make)(*args, **kwargs)  # pyright: ignore[reportArgumentType]
+            if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+                return make(*args, **kwargs)
+            key = (args, *kwargs.items())
+            found = kept.get(key)
+            if found is None:
+                with torch.inference_mode(mode=False):
+                    found = make(*args, **kwargs)
+                if may_be_kept():
+                    while len(kept) >= maxsize:  # another thread may be here too
+                        kept.pop(next(iter(kept), None), None)
+                    kept[key] = found
+            return found
 
         return made
 

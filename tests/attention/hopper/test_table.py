@@ -75,13 +75,13 @@ def test_every_end(head_dim: int, n: int, m: int) -> None:
 
 @pytest.mark.parametrize("processors", [1, 3, 1000])
 @pytest.mark.parametrize("table_heads", [1, None], ids=["one table", "own tables"])
-def test_parts(
-    table_heads: int | None, processors: int, monkeypatch: pytest.MonkeyPatch, launches: list[int]
-) -> None:
+def test_parts(table_heads: int | None, processors: int, monkeypatch: pytest.MonkeyPatch, launches: list[int]) -> None:
     """Pairs that no number of parts divides, heads that share their keys."""
     monkeypatch.setattr(table, "multiprocessors", lambda device: processors)
     for batch in (1, 7, 23):
-        case = Case("parts", batch=(batch,), heads=4, kv_heads=2, n=200, table=65, table_heads=table_heads, phi_k=(1, 1))
+        case = Case(
+            "parts", batch=(batch,), heads=4, kv_heads=2, n=200, table=65, table_heads=table_heads, phi_k=(1, 1)
+        )
         check(case.build(torch.bfloat16, DEVICE))
     if processors == 1000:
         assert launches[-1] < 23

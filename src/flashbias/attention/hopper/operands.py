@@ -18,7 +18,7 @@ from flashbias.attention.hopper.pack import ReadyFactors
 from flashbias.attention.layout import cdiv
 from flashbias.attention.registration import RANKS
 from flashbias.attention.triton.operands import Operands, flattened
-from flashbias.constants import on_device
+from flashbias.constants import made_once, on_device
 
 __all__ = [
     "FAR",
@@ -267,8 +267,7 @@ class HopperOperands(Operands):
         return self.seqlen_k - self.seqlen_q if self.bottom_right else 0
 
 
-@functools.lru_cache(maxsize=256)
-@torch.inference_mode(mode=False)
+@made_once(maxsize=256)
 def _padding(ranks: tuple[int, ...], width: int, device: torch.device) -> Tensor:
     """`[H, 1, R]`, True in the columns that a head lacks."""
     return torch.arange(width, device=device) >= on_device(ranks, device, torch.int32)[:, None, None]
