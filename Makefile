@@ -17,6 +17,8 @@ PROTEIN ?= .venv-protein
 # Test processes run side by side, one thread each.
 JOBS   ?= 2
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+# Many tests start processes, and each test process rewrites every assertion: compiled once, whatever the shell says.
+export PYTHONDONTWRITEBYTECODE :=
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */\1\t/' | expand -t 14

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from flashbias.bench import isolation
 from flashbias.bench.providers import Provider
 
 MODULE = "providers_of_a_test"
@@ -48,3 +51,17 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, 
 def logged(tmp_path: Path) -> Callable[[], list[list[str]]]:
     """What `mine["log"]` has noted so far: case, whether gradients were asked for, and process of every call."""
     return lambda: [line.split() for line in (tmp_path / "log").read_text().splitlines()]
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Children come from a fork server that has torch loaded, which a GPU forbids: seconds less for each.
+
+    For tests of what becomes of children, not of how they start; some that start them as they are shipped stay.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["flashbias.bench.isolation"])
+    first = context.Process(target=int)  # the server has loaded all before a test's own clock runs
+    first.start()
+    first.join()
+    monkeypatch.setattr(isolation, "multiprocessing", SimpleNamespace(get_context=lambda _: context))

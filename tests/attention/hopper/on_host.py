@@ -19,6 +19,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from queue import SimpleQueue
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -69,7 +70,11 @@ class Stuck(AssertionError):
 
 @dataclass
 class Turns:
-    """Threads that take turns: which is next is drawn among those that can go on."""
+    """Threads that take turns: which is next is drawn among those that can go on.
+
+    Each sleeps until it is called by name, so that a turn wakes one thread, not all; nobody else touches what they
+    share meanwhile.
+    """
 
     seed: int
     waiting: dict[int, Callable[[], bool]] = field(default_factory=dict)
@@ -77,57 +82,51 @@ class Turns:
 
     def __post_init__(self) -> None:
         self.draw = random.Random(self.seed)
-        self.changed = threading.Condition()
-        self.running: int | None = None
+        self.calls: list[SimpleQueue[None]] = []
 
     def pass_on(self) -> None:
-        """Choose who is next; the caller holds the lock."""
-        ready = [name for name, can_go in self.waiting.items() if can_go()]
-        if not ready and self.waiting and self.failure is None:
+        """Choose who is next; after a failure everybody is, to end."""
+        ready = sorted(name for name, can_go in self.waiting.items() if can_go()) if self.failure is None else []
+        if ready:
+            self.calls[self.draw.choice(ready)].put(None)
+            return
+        if self.waiting and self.failure is None:
             self.failure = Stuck(f"{len(self.waiting)} partitions wait for each other")
-        self.running = self.draw.choice(sorted(ready)) if ready else None
-        self.changed.notify_all()
+        for call in self.calls:
+            call.put(None)
 
     def wait(self, can_go: Callable[[], bool] = lambda: True) -> None:
         """Let others run until the draw comes back, and the condition holds."""
         name = int(threading.current_thread().name)
-        with self.changed:
-            self.waiting[name] = can_go
-            self.pass_on()
-            while self.running != name and self.failure is None:
-                self.changed.wait()
-            del self.waiting[name]
-            if self.failure is not None:
-                raise Stuck from self.failure
+        self.waiting[name] = can_go
+        self.pass_on()
+        self.calls[name].get()
+        if self.failure is not None:
+            raise Stuck from self.failure
+        del self.waiting[name]
 
     def run(self, partitions: Sequence[Callable[[], None]]) -> None:
         """Run all partitions to their end."""
-        start = threading.Barrier(len(partitions) + 1)
 
         def body(name: int, partition: Callable[[], None]) -> None:
+            self.calls[name].get()
             try:
-                start.wait()
-                with self.changed:
-                    while self.running != name and self.failure is None:
-                        self.changed.wait()
-                    del self.waiting[name]
                 if self.failure is None:
+                    del self.waiting[name]
                     partition()
             except BaseException as error:
                 self.failure = self.failure or error
-            with self.changed:
-                self.pass_on()
+            self.pass_on()
 
         self.waiting = dict.fromkeys(range(len(partitions)), lambda: True)
+        self.calls = [SimpleQueue() for _ in partitions]
         threads = [
             threading.Thread(target=body, args=(name, partition), name=str(name), daemon=True)
             for name, partition in enumerate(partitions)
         ]
         for thread in threads:
             thread.start()
-        start.wait()
-        with self.changed:
-            self.pass_on()
+        self.pass_on()
         for thread in threads:
             thread.join()
         if self.failure is not None:

@@ -390,7 +390,7 @@ def test_the_same_bits_in_any_order(problem: Problem) -> None:
     mask = mask_of(problem)
     exact, lse, delta = expected(problem, leaves, scale, dout, mask)
     runs = []
-    for seed, programs in enumerate((1, 2, 5, 5)):
+    for seed, programs in enumerate((1, 2, 5)):
         own = replace(problem, programs=programs)
         runs.append(computed(own, leaves, scale, dout, lse, delta, mask, seed, repeatable=True))
         check(problem, runs[-1], exact)
