@@ -1,6 +1,6 @@
 """How long the host works for one attention, forward and backward: what shows where kernels are short.
 
-    python3 benchmarks/host.py
+    python3 -m benchmarks.host
 
 A loop enqueues calls without waiting for them; the time until its end is the host's, the time until the GPU's end is
 what a user waits for. Beside it the same as a CUDA graph, which leaves the host nothing to do but to start it, and
@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from benchmarks.graph import captured
 from torch.nn.functional import scaled_dot_product_attention
 
 import flashbias as fb
@@ -33,19 +34,6 @@ def host_and_total(step: Callable[[], None]) -> tuple[float, float]:
     return 1000 * (enqueued - start) / CALLS, 1000 * (time.perf_counter() - start) / CALLS
 
 
-def captured(step: Callable[[], None]) -> Callable[[], None]:
-    """The step as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
 def main() -> None:
     """Time ALiBi over 1,024 tokens, whose kernels take less than a millisecond."""
     shape = (32, 8, 1024, 64)
@@ -63,7 +51,7 @@ def main() -> None:
 
     steps = {
         "flashbias, ALiBi": factored,
-        "flashbias, ALiBi, as a CUDA graph": captured(factored),
+        "flashbias, ALiBi, as a CUDA graph": captured(factored)[0],
         "torch, no bias": bias_free,
     }
     for name, step in steps.items():

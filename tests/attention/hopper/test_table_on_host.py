@@ -135,7 +135,7 @@ def test_sums_in_any_order(problem: Problem, seed: int) -> None:
         columns=columns, factors=SimpleNamespace(phi_q=phi_q, phi_k=phi_k) if problem.rank else None, scale=scale,
         num_programs=b * h, num_heads=h, group=h // hk, seqlen_q=problem.n, seqlen_k=problem.m, shift=problem.shift,
         window_left=problem.left, window_right=problem.right, shape=None, key_terms=lambda keys: terms,
-        table_over_scale=x["table"] / scale, code_q=x["code_q"] if problem.codes else None, code_k=x["code_k"],
+        table=x["table"], code_q=x["code_q"] if problem.codes else None, code_k=x["code_k"],
         table_sizes=(0 if problem.is_shared else problem.entries, problem.entries // 2), sharing_mask=sharing_mask,
         sharing_q=Sharing(1, b, h, 1), sharing_k=Sharing(1, b, h, 1),
     )  # fmt: skip

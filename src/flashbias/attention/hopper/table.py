@@ -3,7 +3,7 @@
 A program owns 192 queries × 64 keys of one table, 64 queries to a warpgroup, and walks over the (batch, head) pairs
 that read this table. They have the same entries and the same band, which are made once:
 
-    S = table / scale + q k^T + phi_q phi_k^T     P = exp2(S scale log2(e) - lse)     sum += P (dO v^T - delta)
+    S = q k^T + phi_q phi_k^T     P = exp2(S scale log2(e) + table log2(e) - lse)     sum += P (dO v^T - delta)
 
 The loading warp fetches the pairs that come next. At its end a program adds its sums to the table's entries, as whole
 numbers (`triton/fixed_point.py`), so that the gradient is repeatable. What is added is as many numbers as there are
@@ -115,7 +115,10 @@ def _consume(
     BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr, q_layout: gl.constexpr, do_layout: gl.constexpr,
     pq_layout: gl.constexpr, k_layout: gl.constexpr, v_layout: gl.constexpr, pk_layout: gl.constexpr,
 ):  # fmt: skip
-    """Warpgroup w: 64 queries of the program's."""
+    """Warpgroup w: 64 queries of the program's.
+
+    What is the same for all pairs is added behind the products: as what they start from it would be copied for each.
+    """
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     of_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     lse_ptr, delta_ptr, stride_rows = rows
@@ -136,7 +139,7 @@ def _consume(
     own_table = table_ptr + own * stride_table + half
     fixed = first_terms(own_table, q_code, code_k_ptr, start, start_n, seqlen_k, half, True, HAS_CODES, True, KEYS,
                         s_layout)  # fmt: skip
-    fixed = masked(fixed, start, start_n, seqlen_k, shift, left, right, HAS_LEFT, HAS_RIGHT, KEYS, s_layout)
+    fixed = masked(fixed * LOG2E, start, start_n, seqlen_k, shift, left, right, HAS_LEFT, HAS_RIGHT, KEYS, s_layout)
     total = gl.zeros([ROWS, KEYS], gl.float32, s_layout)
     # Rows past the end see nothing.
     inside = i < stride_rows
@@ -159,15 +162,15 @@ def _consume(
         k = k_smem.index(stage)._reinterpret(k_smem.dtype, [KEYS, BLOCK_D], k_layout)
         do = do_smem.index(place)._reinterpret(do_smem.dtype, [ROWS, BLOCK_DV], do_layout)
         v = v_smem.index(stage)._reinterpret(v_smem.dtype, [KEYS, BLOCK_DV], v_layout)
-        s = warpgroup_mma(q, k.permute((1, 0)), fixed, is_async=True)
+        zero = gl.zeros([ROWS, KEYS], gl.float32, s_layout)
+        s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
         if HAS_PHI:
             pq = pq_smem.index(place)._reinterpret(pq_smem.dtype, [ROWS, BLOCK_R], pq_layout)
             pk = pk_smem.index(stage)._reinterpret(pk_smem.dtype, [KEYS, BLOCK_R], pk_layout)
             s = warpgroup_mma(pq, pk.permute((1, 0)), s, is_async=True)
-        zero = gl.zeros([ROWS, KEYS], gl.float32, s_layout)
         dp = warpgroup_mma(do, v.permute((1, 0)), zero, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s])
-        p = exp2(s * qk_scale - lse[:, None])
+        p = exp2(s * qk_scale + (fixed - lse[:, None]))
         if HAS_TERMS:
             # By selection: the log-sum-exp does not count what is hidden, so its power may be infinite.
             p = gl.where(shown[None, :] == 0.0, p, 0.0)
@@ -311,7 +314,7 @@ def launch(
     total, terms = FixedPoint.of(ops, grad.numel(), dout, dlse), ops.key_terms(TABLE_KEYS)
     start(
         _dtable_kernel, (tiles * cdiv(pairs, each),), q, do, pq, k, v, pk, *total, lse2, delta,
-        *or_nothing(lse2, ops.table_over_scale, ops.code_q, ops.code_k, terms), pairs, each, tables, blocks_m,
+        *or_nothing(lse2, ops.table, ops.code_q, ops.code_k, terms), pairs, each, tables, blocks_m,
         blocks_n, ops.num_heads, ops.group, ops.seqlen_q, ops.seqlen_k, ops.shift, ops.window_left, ops.window_right,
         ops.scale, *ops.sharing_q.sizes, *ops.sharing_k.sizes, *ops.table_sizes, rows,
         0 if terms is None else terms.stride(0), *ops.sharing_mask.sizes,

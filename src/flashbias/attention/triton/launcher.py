@@ -34,19 +34,23 @@ _parameters: dict[int, _Parameters] = {}
 
 
 class _Parameters(NamedTuple):
-    """A kernel, and its parameters: all names, places of constants and of others, numbers that it is specialised on."""
+    """A kernel, and its parameters: all names, places of constants, of what it is specialised on, and of plain ones."""
 
     kernel: JITFunction
     names: tuple[str, ...]
     constants: tuple[int, ...]
-    others: tuple[tuple[int, bool], ...]
+    specialised: tuple[int, ...]
+    plain: tuple[int, ...]
 
     @classmethod
     def of(cls, kernel: JITFunction) -> _Parameters:
         """As Triton knows them."""
+        places = {
+            kind: tuple(place for place, p in enumerate(kernel.params) if kind == (p.is_constexpr, p.do_not_specialize))
+            for kind in ((False, False), (False, True))
+        }
         constants = tuple(place for place, p in enumerate(kernel.params) if p.is_constexpr)
-        others = tuple((place, not p.do_not_specialize) for place, p in enumerate(kernel.params) if not p.is_constexpr)
-        return cls(kernel, tuple(p.name for p in kernel.params), constants, others)
+        return cls(kernel, tuple(p.name for p in kernel.params), constants, *places.values())
 
 
 def start(kernel: Any, grid: tuple[int, ...], *arguments: Any, kind: Hashable = None, **named: Any) -> None:
@@ -87,19 +91,23 @@ def _kind(parameters: _Parameters, values: list[Any], named: dict[str, Any]) -> 
 
 
 def _forms(parameters: _Parameters, values: list[Any]) -> list[Hashable]:
-    """What Triton specialises on of all that is no constant; nothing of a number that it does not look at."""
-    forms: list[Hashable] = []
-    for place, is_specialised in parameters.others:
-        x = values[place]
-        if type(x) is int:
-            if is_specialised:
-                forms.append("one" if x == 1 else x % ALIGNMENT == 0)
-            if not -INT32 <= x < INT32:
-                forms.append((place, "int64"))
-        elif isinstance(x, Tensor):
-            forms.append((x.dtype, x.data_ptr() % ALIGNMENT == 0))
-        elif x is None or isinstance(x, (float, bool)):
-            forms.append((place, type(x)))
-        else:  # a descriptor, whose box lies in shared memory as its size and dtype say
-            forms.append((x.base.dtype, *x.block_shape))
+    """What Triton specialises on of all that is no constant."""
+    forms = [_form(place, values[place], is_specialised=True) for place in parameters.specialised]
+    plain = [values[place] for place in parameters.plain]
+    # Whole numbers that it does not look at, all of 32 bits: what most kernels have most of.
+    if set(map(type, plain)) - {int} or (plain and not -INT32 <= min(plain) <= max(plain) < INT32):
+        forms += [_form(place, values[place], is_specialised=False) for place in parameters.plain]
     return forms
+
+
+def _form(place: int, x: Any, *, is_specialised: bool) -> Hashable:
+    """What Triton specialises on of one argument."""
+    if isinstance(x, Tensor):
+        return x.dtype, x.data_ptr() % ALIGNMENT == 0
+    if type(x) is int:
+        size = "int32" if -INT32 <= x < INT32 else "int64"
+        return (place, size, x == 1, x % ALIGNMENT == 0) if is_specialised else (place, size)
+    if x is None or isinstance(x, (float, bool)):
+        return place, type(x)
+    # A descriptor, whose box lies in shared memory as its size and dtype say.
+    return (x.base.dtype, *x.block_shape)
