@@ -5,12 +5,13 @@ Run it once without the sanitizer (it compiles), then
     compute-sanitizer --tool memcheck  python3 benchmarks/sanitizer_shapes.py
     compute-sanitizer --tool racecheck python3 benchmarks/sanitizer_shapes.py
 
-The logs of the last runs are in benchmarks/results/<gpu>/.
+Names of shapes, such as `table`, leave out all others. The logs of the last runs are in benchmarks/results/<gpu>/.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ def check(
 
     Unless told, the portable kernels add in one order, those for Hopper do not.
     """
+    if not is_wanted(name):
+        return
     deterministic = impl == "triton" if deterministic is None else deterministic
     kv_heads = 1 if options.get("enable_gqa") else 2
     d, dv = widths
@@ -56,6 +59,8 @@ def check(
 
 def check_packed(name: str, lengths_q: list[int], lengths_k: list[int], width: int, rank: int, **options: Any) -> None:
     """Forward and backward of sequences one after the other, two heads, in bfloat16."""
+    if not is_wanted(name):
+        return
     n, m = sum(lengths_q), sum(lengths_k)
     shapes = [(n, 2, width), (m, 2, width), (m, 2, width), (2, n, rank), (2, m, rank)]
     leaves = [torch.randn(shape, device="cuda").bfloat16().requires_grad_() for shape in shapes]
@@ -67,6 +72,11 @@ def check_packed(name: str, lengths_q: list[int], lengths_k: list[int], width: i
     out.float().square().sum().backward()
     torch.cuda.synchronize()
     print(f"hopper {name}: {lengths_q} x {lengths_k} rank {rank}", flush=True)
+
+
+def is_wanted(name: str) -> bool:
+    """Whether a shape is among those that were asked for, all if none was."""
+    return len(sys.argv) < 2 or name in sys.argv[1:]
 
 
 def portable() -> None:
@@ -95,6 +105,8 @@ def hopper() -> None:
     check("between", torch.bfloat16, 150, 203, 8, impl="hopper", widths=(80, 96))
     shown = torch.rand(2, 2, 1, 203, device="cuda") > 0.3
     check("table", torch.bfloat16, 150, 203, 3, impl="hopper", widths=(32, 32), has_table=True, attn_mask=shown)
+    fixed("long table", torch.bfloat16, 403, 201, 4, widths=(64, 40), has_table=True, window=(90, 0),
+          causal_alignment="bottom_right")  # fmt: skip
     fixed("in order", torch.bfloat16, 201, 303, 4, widths=(64, 64), deterministic=True)
     fixed("in order, wide", torch.bfloat16, 201, 303, 4, widths=(128, 128), deterministic=True)
     check_packed("packed", [130, 0, 67, 1], [97, 40, 64, 150], 64, 5)

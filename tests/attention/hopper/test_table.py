@@ -37,13 +37,13 @@ BANDS = {
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many pairs a program took in each launch; that there are none is a failure of the test."""
     seen: list[int] = []
-    choose = table.pairs_of_a_program
+    choose = table.pairs_of_a_walk
 
     def spy(*arguments: int) -> int:
         seen.append(choose(*arguments))
         return seen[-1]
 
-    monkeypatch.setattr(table, "pairs_of_a_program", spy)
+    monkeypatch.setattr(table, "pairs_of_a_walk", spy)
     return seen
 
 

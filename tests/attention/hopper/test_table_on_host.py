@@ -161,13 +161,13 @@ def test_sums_in_any_order(problem: Problem, seed: int) -> None:
 
 @given(tiles=st.integers(1, 3000), pairs=st.integers(1, 5000), processors=st.sampled_from([1, 78, 132]))
 def test_parts_hold_all_pairs_and_are_few(tiles: int, pairs: int, processors: int) -> None:
-    each = table.pairs_of_a_program(tiles, pairs, processors)
+    each = table.pairs_of_a_walk(tiles, pairs, processors)
     assert 1 <= each <= pairs
     # No more programs than are needed to keep all multiprocessors at work, but for the last round of them.
     assert (cdiv(pairs, each) - 1) * tiles <= processors * (table.ADDING + pairs)
 
 
 def test_pairs_are_cut_where_that_ends_sooner() -> None:
-    assert table.pairs_of_a_program(tiles=132, pairs=64, processors=132) == 64
-    assert table.pairs_of_a_program(tiles=27, pairs=1024, processors=132) < 300
-    assert table.pairs_of_a_program(tiles=1000, pairs=2, processors=132) == 2
+    assert table.pairs_of_a_walk(tiles=132, pairs=64, processors=132) == 64
+    assert table.pairs_of_a_walk(tiles=27, pairs=1024, processors=132) < 300
+    assert table.pairs_of_a_walk(tiles=1000, pairs=2, processors=132) == 2

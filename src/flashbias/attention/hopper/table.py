@@ -1,13 +1,13 @@
 """Gradient of a relative table on Hopper: dS summed in registers over all that read the same entries, then added.
 
-A program owns 192 queries × 64 keys of one table, 64 queries to a warpgroup, and walks over the (batch, head) pairs
+A tile is 192 queries × 64 keys of one table, 64 queries to a warpgroup, and a walk goes over the (batch, head) pairs
 that read this table. They have the same entries and the same band, which are made once:
 
     S = q k^T + phi_q phi_k^T     P = exp2(S scale log2(e) + table log2(e) - lse)     sum += P (dO v^T - delta)
 
-The loading warp fetches the pairs that come next. At its end a program adds its sums to the table's entries, as whole
-numbers (`triton/fixed_point.py`), so that the gradient is repeatable. What is added is as many numbers as there are
-scores in a tile, whose cost is that of a dozen pairs: so pairs are cut into few parts.
+At its end a walk adds its sums to the table's entries, as whole numbers (`triton/fixed_point.py`), so that the
+gradient is repeatable. What is added is as many numbers as there are scores in a tile, whose cost is that of many
+pairs: so pairs are cut into few parts. A program takes tile after tile, its loading warp ahead with the next pairs.
 """
 
 # Gluon is untyped: jitted functions take and return what annotations cannot say.
@@ -44,24 +44,26 @@ KEYS = gl.constexpr(TABLE_KEYS)
 """Keys of a program."""
 
 FEWEST_QUERIES = 2 * _ROWS
-"""Up to here a program would have warpgroups without queries; windows of so few are done by the portable kernel."""
+"""Up to here a tile would have warpgroups without queries; windows of so few are done by the portable kernel."""
 
-ADDING = 12
-"""Pairs whose walk takes as long as what a program does once: look entries up and add to them (an estimate)."""
+ADDING = 24
+"""Pairs whose walk takes as long as what is done once: to look entries up and to add to them.
+
+Fewer than 6 made more parts and took up to twenty times as long, more than 24 no less time (docs/kernels.md).
+"""
 
 
 @jit
-def _place(deal, band, seqlen_q, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, CONSUMERS: gl.constexpr):
-    """First pair of a program and how many it takes, whose table, first query and first key; no pair outside the band.
+def _place(unit, deal, band, seqlen_q, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, CONSUMERS: gl.constexpr):
+    """First pair of a unit and how many it has, whose table, first query and first key; no pair outside the band.
 
     Pairs are counted among those that read one table.
     """
-    pairs, each, tables, blocks_m, blocks_n = deal
+    _units, pairs, each, tables, blocks_m, blocks_n = deal
     shift, left, right = band
-    place = gl.program_id(0)
-    start_n = place % blocks_n * KEYS
-    start_m = place // blocks_n % blocks_m * (ROWS * CONSUMERS)
-    rest = place // (blocks_n * blocks_m)
+    start_n = unit % blocks_n * KEYS
+    start_m = unit // blocks_n % blocks_m * (ROWS * CONSUMERS)
+    rest = unit // (blocks_n * blocks_m)
     first = rest // tables * each
     count = gl.minimum(each, pairs - first)
     if HAS_RIGHT:
@@ -84,27 +86,30 @@ def _produce(
     q_smem, do_smem, pq_smem, k_smem, v_smem, pk_smem = buffers
     full, empty = barriers
     num_heads, group = heads
-    tables = deal[2]
-    first, count, own, start_m, start_n = _place(deal, band, seqlen_q, HAS_LEFT, HAS_RIGHT, CONSUMERS)
-    for n in range(count):
-        bh = (first + n) * tables + own
-        b = bh // num_heads
-        h = bh % num_heads
-        f_q = owner_of(bh, owners_q)
-        f_k = owner_of(bh, owners_k)
-        stage = n % STAGES
-        mbarrier.wait(empty.index(stage), ((n // STAGES) & 1) ^ 1)
-        mbarrier.expect(full.index(stage), 2 * (ROWS * CONSUMERS + KEYS) * width)
-        for w in gl.static_range(CONSUMERS):
-            place = stage * CONSUMERS + w
-            load(q_desc, [b, h, start_m + w * ROWS, 0], full.index(stage), q_smem.index(place))
-            load(do_desc, [b, h, start_m + w * ROWS, 0], full.index(stage), do_smem.index(place))
+    tables = deal[3]
+    step = 0
+    for unit in range(gl.program_id(0), deal[0], gl.num_programs(0)):
+        first, count, own, start_m, start_n = _place(unit, deal, band, seqlen_q, HAS_LEFT, HAS_RIGHT, CONSUMERS)
+        for n in range(count):
+            bh = (first + n) * tables + own
+            b = bh // num_heads
+            h = bh % num_heads
+            f_q = owner_of(bh, owners_q)
+            f_k = owner_of(bh, owners_k)
+            stage = step % STAGES
+            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            mbarrier.expect(full.index(stage), 2 * (ROWS * CONSUMERS + KEYS) * width)
+            for w in gl.static_range(CONSUMERS):
+                place = stage * CONSUMERS + w
+                load(q_desc, [b, h, start_m + w * ROWS, 0], full.index(stage), q_smem.index(place))
+                load(do_desc, [b, h, start_m + w * ROWS, 0], full.index(stage), do_smem.index(place))
+                if HAS_PHI:
+                    load(pq_desc, [f_q, start_m + w * ROWS, 0], full.index(stage), pq_smem.index(place))
+            load(k_desc, [b, h // group, start_n, 0], full.index(stage), k_smem.index(stage))
+            load(v_desc, [b, h // group, start_n, 0], full.index(stage), v_smem.index(stage))
             if HAS_PHI:
-                load(pq_desc, [f_q, start_m + w * ROWS, 0], full.index(stage), pq_smem.index(place))
-        load(k_desc, [b, h // group, start_n, 0], full.index(stage), k_smem.index(stage))
-        load(v_desc, [b, h // group, start_n, 0], full.index(stage), v_smem.index(stage))
-        if HAS_PHI:
-            load(pk_desc, [f_k, start_n, 0], full.index(stage), pk_smem.index(stage))
+                load(pk_desc, [f_k, start_n, 0], full.index(stage), pk_smem.index(stage))
+            step += 1
 
 
 @jit
@@ -128,59 +133,63 @@ def _consume(
     q_smem, do_smem, pq_smem, k_smem, v_smem, pk_smem = buffers
     full, empty = barriers
     shift, left, right = band
-    tables = deal[2]
-    first, count, own, start, start_n = _place(deal, band, seqlen_q, HAS_LEFT, HAS_RIGHT, CONSUMERS)
-    start += w * ROWS
-    i = start + gl.arange(0, ROWS, of_rows)
-    j = start_n + gl.arange(0, KEYS, gl.SliceLayout(0, s_layout))
-    q_code = i
-    if HAS_CODES:
-        q_code = gl.load(code_q_ptr + i, mask=i < seqlen_q, other=0)
-    own_table = table_ptr + own * stride_table + half
-    fixed = first_terms(own_table, q_code, code_k_ptr, start, start_n, seqlen_k, half, True, HAS_CODES, True, KEYS,
-                        s_layout)  # fmt: skip
-    fixed = masked(fixed * LOG2E, start, start_n, seqlen_k, shift, left, right, HAS_LEFT, HAS_RIGHT, KEYS, s_layout)
-    total = gl.zeros([ROWS, KEYS], gl.float32, s_layout)
-    # Rows past the end see nothing.
-    inside = i < stride_rows
-    row = (first * tables + own).to(gl.int64) * stride_rows + i
-    lse = gl.load(lse_ptr + row, mask=inside, other=float("inf"))
-    delta = gl.load(delta_ptr + row, mask=inside, other=0.0)
-    for n in range(count):
-        stage = n % STAGES
-        # Those of the next pair, while this one is computed.
-        row = (gl.minimum(first + n + 1, first + count - 1) * tables + own).to(gl.int64) * stride_rows + i
-        next_lse = gl.load(lse_ptr + row, mask=inside, other=float("inf"))
-        next_delta = gl.load(delta_ptr + row, mask=inside, other=0.0)
-        shown = j
-        if HAS_TERMS:
-            bh = (first + n) * tables + own
-            shown = gl.load(terms_ptr + owner_of(bh, owners_terms).to(gl.int64) * stride_terms + j)
-        mbarrier.wait(full.index(stage), (n // STAGES) & 1)
-        place = stage * CONSUMERS + w
-        q = q_smem.index(place)._reinterpret(q_smem.dtype, [ROWS, BLOCK_D], q_layout)
-        k = k_smem.index(stage)._reinterpret(k_smem.dtype, [KEYS, BLOCK_D], k_layout)
-        do = do_smem.index(place)._reinterpret(do_smem.dtype, [ROWS, BLOCK_DV], do_layout)
-        v = v_smem.index(stage)._reinterpret(v_smem.dtype, [KEYS, BLOCK_DV], v_layout)
-        zero = gl.zeros([ROWS, KEYS], gl.float32, s_layout)
-        s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
-        if HAS_PHI:
-            pq = pq_smem.index(place)._reinterpret(pq_smem.dtype, [ROWS, BLOCK_R], pq_layout)
-            pk = pk_smem.index(stage)._reinterpret(pk_smem.dtype, [KEYS, BLOCK_R], pk_layout)
-            s = warpgroup_mma(pq, pk.permute((1, 0)), s, is_async=True)
-        dp = warpgroup_mma(do, v.permute((1, 0)), zero, use_acc=False, is_async=True)
-        s = warpgroup_mma_wait(1, deps=[s])
-        p = exp2(s * qk_scale + (fixed - lse[:, None]))
-        if HAS_TERMS:
-            # By selection: the log-sum-exp does not count what is hidden, so its power may be infinite.
-            p = gl.where(shown[None, :] == 0.0, p, 0.0)
-        dp = warpgroup_mma_wait(0, deps=[dp])
-        mbarrier.arrive(empty.index(stage))
-        total += p * (dp - delta[:, None])
-        lse = next_lse
-        delta = next_delta
-    if count > 0:
-        _add(total, sums, own, q_code, j, code_k_ptr, start, start_n, seqlen_k, half, HAS_CODES, s_layout)
+    tables = deal[3]
+    step = 0
+    for unit in range(gl.program_id(0), deal[0], gl.num_programs(0)):
+        first, count, own, start, start_n = _place(unit, deal, band, seqlen_q, HAS_LEFT, HAS_RIGHT, CONSUMERS)
+        if count > 0:
+            start += w * ROWS
+            i = start + gl.arange(0, ROWS, of_rows)
+            j = start_n + gl.arange(0, KEYS, gl.SliceLayout(0, s_layout))
+            q_code = i
+            if HAS_CODES:
+                q_code = gl.load(code_q_ptr + i, mask=i < seqlen_q, other=0)
+            own_table = table_ptr + own * stride_table + half
+            fixed = first_terms(own_table, q_code, code_k_ptr, start, start_n, seqlen_k, half, True, HAS_CODES, True,
+                                KEYS, s_layout)  # fmt: skip
+            fixed = masked(fixed * LOG2E, start, start_n, seqlen_k, shift, left, right, HAS_LEFT, HAS_RIGHT, KEYS,
+                           s_layout)  # fmt: skip
+            total = gl.zeros([ROWS, KEYS], gl.float32, s_layout)
+            # Rows past the end see nothing.
+            inside = i < stride_rows
+            row = (first * tables + own).to(gl.int64) * stride_rows + i
+            lse = gl.load(lse_ptr + row, mask=inside, other=float("inf"))
+            delta = gl.load(delta_ptr + row, mask=inside, other=0.0)
+            for n in range(count):
+                stage = step % STAGES
+                # Those of the next pair, while this one is computed.
+                row = (gl.minimum(first + n + 1, first + count - 1) * tables + own).to(gl.int64) * stride_rows + i
+                next_lse = gl.load(lse_ptr + row, mask=inside, other=float("inf"))
+                next_delta = gl.load(delta_ptr + row, mask=inside, other=0.0)
+                shown = j
+                if HAS_TERMS:
+                    bh = (first + n) * tables + own
+                    shown = gl.load(terms_ptr + owner_of(bh, owners_terms).to(gl.int64) * stride_terms + j)
+                mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+                place = stage * CONSUMERS + w
+                q = q_smem.index(place)._reinterpret(q_smem.dtype, [ROWS, BLOCK_D], q_layout)
+                k = k_smem.index(stage)._reinterpret(k_smem.dtype, [KEYS, BLOCK_D], k_layout)
+                do = do_smem.index(place)._reinterpret(do_smem.dtype, [ROWS, BLOCK_DV], do_layout)
+                v = v_smem.index(stage)._reinterpret(v_smem.dtype, [KEYS, BLOCK_DV], v_layout)
+                zero = gl.zeros([ROWS, KEYS], gl.float32, s_layout)
+                s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+                if HAS_PHI:
+                    pq = pq_smem.index(place)._reinterpret(pq_smem.dtype, [ROWS, BLOCK_R], pq_layout)
+                    pk = pk_smem.index(stage)._reinterpret(pk_smem.dtype, [KEYS, BLOCK_R], pk_layout)
+                    s = warpgroup_mma(pq, pk.permute((1, 0)), s, is_async=True)
+                dp = warpgroup_mma(do, v.permute((1, 0)), zero, use_acc=False, is_async=True)
+                s = warpgroup_mma_wait(1, deps=[s])
+                p = exp2(s * qk_scale + (fixed - lse[:, None]))
+                if HAS_TERMS:
+                    # By selection: the log-sum-exp does not count what is hidden, so its power may be infinite.
+                    p = gl.where(shown[None, :] == 0.0, p, 0.0)
+                dp = warpgroup_mma_wait(0, deps=[dp])
+                mbarrier.arrive(empty.index(stage))
+                total += p * (dp - delta[:, None])
+                lse = next_lse
+                delta = next_delta
+                step += 1
+            _add(total, sums, own, q_code, j, code_k_ptr, start, start_n, seqlen_k, half, HAS_CODES, s_layout)
 
 
 @jit
@@ -215,22 +224,22 @@ def _clamped(step, half):
 
 @jit(
     do_not_specialize=[
-        "pairs", "each", "tables", "blocks_m", "blocks_n", "num_heads", "group", "seqlen_q", "seqlen_k", "shift",
-        "left", "right", "pq_s1", "pq_v2", "pq_s2", "pk_s1", "pk_v2", "pk_s2", "mask_s1", "mask_v2", "mask_s2",
+        "units", "pairs", "each", "tables", "blocks_m", "blocks_n", "num_heads", "group", "seqlen_q", "seqlen_k",
+        "shift", "left", "right", "pq_s1", "pq_v2", "pq_s2", "pk_s1", "pk_v2", "pk_s2", "mask_s1", "mask_v2", "mask_s2",
         "stride_table", "half", "stride_rows",
     ]
 )  # fmt: skip
 def _dtable_kernel(
     q_desc, do_desc, pq_desc, k_desc, v_desc, pk_desc, sums_ptr, power_ptr, failed_ptr, lse_ptr, delta_ptr, table_ptr,
-    code_q_ptr, code_k_ptr, terms_ptr, pairs, each, tables, blocks_m, blocks_n, num_heads, group, seqlen_q, seqlen_k,
-    shift, left, right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, stride_table, half, stride_rows,
+    code_q_ptr, code_k_ptr, terms_ptr, units, pairs, each, tables, blocks_m, blocks_n, num_heads, group, seqlen_q,
+    seqlen_k, shift, left, right, scale, pq_s1, pq_v2, pq_s2, pk_s1, pk_v2, pk_s2, stride_table, half, stride_rows,
     stride_terms, mask_s1, mask_v2, mask_s2, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
     HAS_CODES: gl.constexpr, HAS_TERMS: gl.constexpr, HAS_PHI: gl.constexpr, CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_R: gl.constexpr,
     REGISTERS: gl.constexpr, q_layout: gl.constexpr, do_layout: gl.constexpr, pq_layout: gl.constexpr,
     k_layout: gl.constexpr, v_layout: gl.constexpr, pk_layout: gl.constexpr,
 ):  # fmt: skip
-    """Sums of dS of one tile over some of the pairs that read a table, added to its entries."""
+    """Sums of dS of a tile over some of the pairs that read a table, added to its entries; tile after tile."""
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES * CONSUMERS, 1, 1, ROWS, BLOCK_D], q_desc.layout)
     do_smem = gl.allocate_shared_memory(do_desc.dtype, [STAGES * CONSUMERS, 1, 1, ROWS, BLOCK_DV], do_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, KEYS, BLOCK_D], k_desc.layout)
@@ -250,7 +259,7 @@ def _dtable_kernel(
     descriptors = (q_desc, do_desc, pq_desc, k_desc, v_desc, pk_desc)
     buffers = (q_smem, do_smem, pq_smem, k_smem, v_smem, pk_smem)
     barriers = (full, empty)
-    deal = (pairs, each, tables, blocks_m, blocks_n)
+    deal = (units, pairs, each, tables, blocks_m, blocks_n)
     band = (shift, left, right)
     heads = (num_heads, group)
     sums = (sums_ptr, power_ptr, failed_ptr)
@@ -306,15 +315,17 @@ def launch(
     pairs = ops.num_programs // tables
     blocks_m, blocks_n = cdiv(ops.seqlen_q, config.block_m), cdiv(ops.seqlen_k, TABLE_KEYS)
     tiles = blocks_m * blocks_n * tables
-    each = pairs_of_a_program(tiles, pairs, multiprocessors(ops.q.device))
+    processors = multiprocessors(ops.q.device)
+    each = pairs_of_a_walk(tiles, pairs, processors)
+    units = tiles * cdiv(pairs, each)
     q, do = descriptor(ops.q, _ROWS, ops.block_d), descriptor(dout, _ROWS, ops.block_dv)
     k, v = descriptor(ops.k, TABLE_KEYS, ops.block_d), descriptor(ops.v, TABLE_KEYS, ops.block_dv)
     pq = q if factors is None else descriptor(factors.phi_q, _ROWS, ops.columns)
     pk = k if factors is None else descriptor(factors.phi_k, TABLE_KEYS, ops.columns)
     total, terms = FixedPoint.of(ops, grad.numel(), dout, dlse), ops.key_terms(TABLE_KEYS)
     start(
-        _dtable_kernel, (tiles * cdiv(pairs, each),), q, do, pq, k, v, pk, *total, lse2, delta,
-        *or_nothing(lse2, ops.table, ops.code_q, ops.code_k, terms), pairs, each, tables, blocks_m,
+        _dtable_kernel, (min(units, processors),), q, do, pq, k, v, pk, *total, lse2, delta,
+        *or_nothing(lse2, ops.table, ops.code_q, ops.code_k, terms), units, pairs, each, tables, blocks_m,
         blocks_n, ops.num_heads, ops.group, ops.seqlen_q, ops.seqlen_k, ops.shift, ops.window_left, ops.window_right,
         ops.scale, *ops.sharing_q.sizes, *ops.sharing_k.sizes, *ops.table_sizes, rows,
         0 if terms is None else terms.stride(0), *ops.sharing_mask.sizes,
@@ -336,8 +347,8 @@ def launch(
 
 
 @functools.lru_cache(maxsize=1024)
-def pairs_of_a_program(tiles: int, pairs: int, processors: int) -> int:
-    """How many pairs a program takes one after the other, so that all programs end soonest.
+def pairs_of_a_walk(tiles: int, pairs: int, processors: int) -> int:
+    """How many pairs a walk goes over, so that all programs end soonest.
 
     Args:
         tiles: tiles of all tables.
