@@ -243,3 +243,32 @@ class TestChoice:
     def test_heads_of_small_rank_beside_a_large_one(self, ranks: tuple[int, int]) -> None:
         """Each head pays for its own rank (`tiers.py`), however uneven they are."""
         assert not hopper.is_slower(call(n=256, m=256, bias=factors(16, 256, 256, ranks=ranks)))
+
+
+class TestGradientOfATable:
+    """Which kernel sums it."""
+
+    @staticmethod
+    def fits(**changes: Any) -> bool:
+        pytest.importorskip("triton.experimental.gluon", reason="this release of triton has no Gluon")
+        from flashbias.attention.hopper import table
+        from flashbias.attention.hopper.operands import HopperOperands
+        from flashbias.attention.registration import operands
+
+        n, batch, rank = (changes.pop(name, default) for name, default in (("n", 300), ("batch", 1), ("rank", 0)))
+        query = torch.empty(batch, 2, n, 64, dtype=torch.bfloat16, device="meta")
+        phi = torch.empty(2, n, rank, dtype=torch.bfloat16, device="meta")
+        bias = fb.FactoredBias(phi, phi, torch.empty(2, 9, device="meta"))
+        plain = call()
+        asked = replace(plain, query=query, key=query, value=query, bias=bias, **changes)
+        return table.fits(HopperOperands.of(*operands(asked))) is not None
+
+    def test_what_the_own_kernel_does(self) -> None:
+        assert self.fits() and self.fits(rank=30) and self.fits(n=129)
+
+    def test_what_is_left_to_the_portable_one(self) -> None:
+        """Short windows, factors that leave room for one pair in flight, few pairs beside a band."""
+        assert not self.fits(n=128)
+        assert not self.fits(rank=129)
+        assert not self.fits(window_right=0) and not self.fits(window_right=0, batch=15)
+        assert self.fits(window_right=0, batch=16)

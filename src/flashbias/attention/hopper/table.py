@@ -46,6 +46,9 @@ KEYS = gl.constexpr(TABLE_KEYS)
 FEWEST_QUERIES = 2 * _ROWS
 """Up to here a tile would have warpgroups without queries; windows of so few are done by the portable kernel."""
 
+FEWEST_PAIRS = 16
+"""Of pairs that read a table beside a band: the portable kernel leaves hidden tiles out for less."""
+
 ADDING = 24
 """Pairs whose walk takes as long as what is done once: to look entries up and to add to them.
 
@@ -292,6 +295,9 @@ def _dtable_kernel(
 def fits(ops: HopperOperands) -> TableConfig | None:
     """The tile shape with which the kernel does a call, None where the portable one does."""
     if ops.is_varlen or ops.is_tile_centred or ops.dropout_p > 0 or ops.seqlen_q <= FEWEST_QUERIES:
+        return None
+    pairs = ops.num_programs // (1 if ops.table is None else ops.table.shape[0])
+    if ops.shape.is_banded and pairs < FEWEST_PAIRS:
         return None
     return table_config(ops.block_d, ops.block_dv, ops.columns)
 
