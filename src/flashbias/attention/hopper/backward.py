@@ -160,6 +160,7 @@ def is_slower(ops: HopperOperands, block_g: int, repeatable: bool = False) -> bo
     return block_g > (WIDEST_BESIDE if is_middling else NARROWEST)
 
 
+@functools.cache
 def multiplied(head_dim: int) -> int:
     """Columns of a head that are multiplied: as many as are held where its sums are as wide anyway.
 
