@@ -114,8 +114,16 @@ def test_compiled_model(gpus: Ranks) -> None:
 # -------------------------------------------------------------------- ranks that fail
 
 
+@pytest.fixture
+def compiled_kernels(two_gpus: None, breakable_ranks: Callable[..., Ranks]) -> None:
+    """What ranks would compile lies on the disk: a neighbour that compiles for too long looks like one that failed."""
+    one = breakable_ranks(1, 60.0, backend="nccl")
+    assert one.call(attend, 1, "nothing", True, size=1) == [None]
+
+
+@pytest.mark.usefixtures("compiled_kernels")
 @pytest.mark.parametrize("what", ["stays away", "skips the backward pass"])
-def test_a_failing_rank_is_named(two_gpus: None, breakable_ranks: Callable[..., Ranks], what: str) -> None:
+def test_a_failing_rank_is_named(breakable_ranks: Callable[..., Ranks], what: str) -> None:
     """Where waiting blocks, the error is that of the library, and comes in time."""
     errors = failures(
         breakable_ranks, what, culprit=1, size=2, timeout=TIMEOUT, backend="nccl",
@@ -125,7 +133,8 @@ def test_a_failing_rank_is_named(two_gpus: None, breakable_ranks: Callable[..., 
     assert ("agreement" if what == "stays away" else "of 1, backward") in errors[0].step
 
 
-def test_a_rank_that_dies_ends_the_others(two_gpus: None, breakable_ranks: Callable[..., Ranks]) -> None:
+@pytest.mark.usefixtures("compiled_kernels")
+def test_a_rank_that_dies_ends_the_others(breakable_ranks: Callable[..., Ranks]) -> None:
     """Where waiting does not block, torch's watchdog ends the process; its dump for debugging is left out."""
     ranks = breakable_ranks(2, TIMEOUT, backend="nccl", variables={"TORCH_NCCL_DUMP_ON_TIMEOUT": "0"})
     ranks.results(meet, size=2)
