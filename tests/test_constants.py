@@ -82,3 +82,17 @@ def test_what_is_made_for_a_cuda_graph_is_not_for_others(monkeypatch: pytest.Mon
     monkeypatch.setattr(constants.torch.cuda, "is_current_stream_capturing", lambda: False)
     assert made(1) is not in_graph
     assert made(1) is made(1)
+
+
+def test_what_is_made_in_a_transform_of_functions_is_not_for_others() -> None:
+    """Its tensors are wrapped, and have no address once the transform is over."""
+    before = on_device((4, 0, 3), CPU)
+    found = []
+
+    def of(x: torch.Tensor) -> torch.Tensor:
+        found.append(on_device((4, 0, 3), CPU))
+        return x.index_select(0, on_device((1, 0, 3), CPU)).square().sum()
+
+    torch.func.grad(of)(torch.randn(5))
+    assert found[0] is before, "what was there before is found"
+    assert on_device((1, 0, 3), CPU).data_ptr()

@@ -22,8 +22,8 @@ Made = TypeVar("Made")
 def made_once(maxsize: int) -> Callable[[Callable[P, Made]], Callable[P, Made]]:
     """Decorate a function of what can be hashed, which makes tensors: the same each time, which nobody may change.
 
-    What is made for a graph (of torch.compile or of CUDA), or by a mode such as that of fake tensors, is not kept; a
-    CUDA graph finds what has been made before.
+    What is made for a graph (of torch.compile or of CUDA), by a mode such as that of fake tensors, or in a transform of
+    `torch.func` is not kept; a CUDA graph and a transform find what has been made before.
 
     Args:
         maxsize: for how many arguments they are kept.
@@ -56,8 +56,13 @@ def made_once(maxsize: int) -> Callable[[Callable[P, Made]], Callable[P, Made]]:
 
 
 def may_be_kept() -> bool:
-    """Whether a tensor that is made now is an ordinary one, and not part of a graph or of a mode's making."""
+    """Whether a tensor that is made now is an ordinary one: not part of a graph, nor of a mode's or transform's making.
+
+    One of inference mode is none either; who makes something to keep leaves that mode.
+    """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
