@@ -24,9 +24,7 @@ from flashbias.integrations.call import Settings, call, settings_of
 
 __all__ = [
     "LatestShift",
-    "LatestWindow",
     "OffsetTable",
-    "Window",
     "WindowSettings",
     "attend_in_windows",
     "bias_of",
@@ -43,52 +41,6 @@ LARGEST_SCALE = 100.0
 """Of Swin V2's scores."""
 
 
-class Window:
-    """How a model's own table of offsets is read as a relative table.
-
-    Args:
-        window: height and width, in tokens.
-        class_token: a class token stands before the others.
-    """
-
-    def __init__(self, window: tuple[int, int], class_token: bool = False) -> None:
-        self.size, self.class_token = window, class_token
-        self.code_q, self.code_k = _codes(window, class_token)
-
-    def bias(self, weight: Tensor) -> FactoredBias:
-        """Read a table.
-
-        Args:
-            weight: `[offsets, H]`, with three more rows where there is a class token.
-
-        Returns:
-            A table in float32 at least, rank 0, differentiable with respect to `weight`.
-        """
-        if self.code_q.device != weight.device:
-            self.code_q, self.code_k = self.code_q.to(weight.device), self.code_k.to(weight.device)
-        table = window_table(weight, self.class_token)
-        return FactoredBias.from_table(table, len(self.code_q), len(self.code_k), self.code_q, self.code_k)
-
-
-@torch.compiler.assume_constant_result
-def _codes(window: tuple[int, int], class_token: bool) -> tuple[Tensor, Tensor]:
-    return window_codes(window, class_token)
-
-
-class LatestWindow:
-    """The window that was asked for last: a model sees many images of one size."""
-
-    def __init__(self) -> None:
-        self.window: Window | None = None
-
-    def of(self, size: tuple[int, int], class_token: bool = False) -> Window:
-        """The window of this height and width."""
-        window = self.window
-        if window is None or window.size != size or window.class_token != class_token:
-            window = self.window = Window(size, class_token)
-        return window
-
-
 @dataclass(frozen=True)
 class OffsetTable:
     """A model's own table over the offsets in a window.
@@ -103,14 +55,18 @@ class OffsetTable:
     window: Sequence[int]
     class_token: bool = False
 
-    def bias(self, latest: LatestWindow | None = None) -> FactoredBias:
-        """Read it, as `Window.bias` does.
+    def bias(self) -> FactoredBias:
+        """Read it as a relative table: in float32 at least, rank 0, differentiable with respect to `weight`."""
+        code_q, code_k = _codes(tuple(self.window), self.class_token, self.weight.device)
+        table = window_table(self.weight, self.class_token)
+        return FactoredBias.from_table(table, len(code_q), len(code_k), code_q, code_k)
 
-        Args:
-            latest: keeps the window for the next time.
-        """
-        height, width = self.window
-        return (latest or LatestWindow()).of((height, width), self.class_token).bias(self.weight)
+
+@torch.compiler.assume_constant_result
+@made_once(maxsize=64)
+def _codes(window: tuple[int, ...], class_token: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    code_q, code_k = window_codes(window, class_token)
+    return code_q.to(device), code_k.to(device)
 
 
 @made_once(maxsize=64)
@@ -125,9 +81,7 @@ class LatestShift:
     """The factors of the regions that came last: those of all images of one size are one tensor."""
 
     def __init__(self) -> None:
-        self.regions: Tensor | None = None
-        self.penalty = 0.0
-        self.bias: FactoredBias | None = None
+        self.kept: tuple[Tensor, float, FactoredBias] | None = None
 
     def of(self, regions: Tensor, penalty: float) -> FactoredBias:
         """The mask of a shift as factors.
@@ -136,14 +90,22 @@ class LatestShift:
             regions: `[windows, N]`.
             penalty: what a pair from two of them loses.
         """
-        if self.bias is not None and regions is self.regions and penalty == self.penalty:
-            return self.bias
-        numbers = torch.arange(REGIONS, device=regions.device)
-        # 100 and 200 are exact in bfloat16, which needs the fewest columns.
-        bias = region_factors(regions[:, None], regions[:, None], numbers, penalty, torch.bfloat16)
-        if may_be_kept():
-            self.regions, self.penalty, self.bias = regions, penalty, bias
+        kept = self.kept  # as a whole: another thread may exchange it
+        if kept is not None and regions is kept[0] and penalty == kept[1]:
+            return kept[2]
+        if not may_be_kept():
+            return shift_factors(regions, penalty)
+        with torch.inference_mode(mode=False):
+            bias = shift_factors(regions, penalty)
+        self.kept = regions, penalty, bias
         return bias
+
+
+def shift_factors(regions: Tensor, penalty: float) -> FactoredBias:
+    """The mask of a shift as factors; arguments as in `LatestShift.of`."""
+    numbers = torch.arange(REGIONS, device=regions.device)
+    # 100 and 200 are exact in bfloat16, which needs the fewest columns.
+    return region_factors(regions[:, None], regions[:, None], numbers, penalty, torch.bfloat16)
 
 
 @dataclass
@@ -151,30 +113,25 @@ class WindowSettings(Settings):
     """Settings of an attention with a table over windows.
 
     Args:
-        latest: how the table is read.
         shift: the mask of its shift.
     """
 
-    latest: LatestWindow = field(default_factory=LatestWindow)
     shift: LatestShift = field(default_factory=LatestShift)
 
 
-def bias_of(
-    module: nn.Module, device: torch.device, exact: Callable[[LatestWindow], FactoredBias | None]
-) -> FactoredBias | None:
+def bias_of(module: nn.Module, device: torch.device, exact: Callable[[], FactoredBias | None]) -> FactoredBias | None:
     """The bias of a patched attention: the factors that stand for its table, or else its exact form.
 
     Args:
-        module: the attention, with `WindowSettings`.
+        module: the attention.
         device: where its queries live.
         exact: makes the exact form; called only where it is needed.
 
     Raises:
         RuntimeError: as `TableFactors.current`.
     """
-    settings = settings_of(module)
-    assert isinstance(settings, WindowSettings)
-    return exact(settings.latest) if settings.factors is None else settings.factors.current(module, device)
+    factors = settings_of(module).factors
+    return exact() if factors is None else factors.current(module, device)
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
@@ -213,7 +170,7 @@ def attend_in_windows(
     Raises:
         ValueError: `mask` comes from somewhere else.
     """
-    bias = bias_of(module, query.device, lambda latest: table().bias(latest))
+    bias = bias_of(module, query.device, lambda: table().bias())
     assert bias is not None, "every window has a table"
     if mask is not None:
         if mask.dim() != 2:

@@ -15,7 +15,7 @@ from flashbias.factored import FactoredBias
 from flashbias.integrations.base import SETTINGS, Changes, Options
 from flashbias.integrations.factors import sources_below
 from flashbias.integrations.tables import StaticTable, TableFamily
-from flashbias.integrations.windows import LatestWindow, WindowSettings
+from flashbias.integrations.windows import WindowSettings
 
 __all__ = ["TimmFamily", "finish", "query_key_value"]
 
@@ -28,17 +28,17 @@ class TimmFamily(TableFamily, register=False):
 
     Attributes:
         forward: what takes the place of an attention's forward, with the attention before its arguments.
-        exact_bias: the bias of an attention as a table, given how tables were read last.
+        exact_bias: the bias of an attention as a table.
         made_of: paths, from the attention, of what makes the table.
     """
 
     forward: ClassVar[Callable[..., Any]]
-    exact_bias: ClassVar[Callable[[Any, LatestWindow], FactoredBias]]
+    exact_bias: ClassVar[Callable[[Any], FactoredBias]]
     made_of: ClassVar[tuple[str, ...]]
 
     def static_table(self, model: nn.Module, attention: Any) -> StaticTable:
         """Read the table of one attention."""
-        return StaticTable(type(self).exact_bias(attention, LatestWindow()), sources_below(attention, self.made_of))
+        return StaticTable(type(self).exact_bias(attention), sources_below(attention, self.made_of))
 
     def unsupported(self, model: nn.Module, attention: nn.Module) -> str | None:
         """Name a version that is too old."""

@@ -32,7 +32,7 @@ def forward(attention: Any, x: Tensor, shared_rel_pos_bias: OffsetTable | None =
     """`Attention.forward` with the table of the block, of the model, or both."""
     query, key, value = query_key_value(attention, x)
     table = table_of(attention, checked(shared_rel_pos_bias))
-    bias = bias_of(attention, x.device, lambda latest: None if table is None else table.bias(latest))
+    bias = bias_of(attention, x.device, lambda: None if table is None else table.bias())
     out = call(attention, query, key, value, bias, scale=attention.scale, dropout_p=attention.attn_drop.p)
     return finish(attention, out.flatten(-2))
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from flashbias.factored import FactoredBias
 from flashbias.integrations.call import call
 from flashbias.integrations.timm.base import TimmFamily
-from flashbias.integrations.windows import LatestWindow, OffsetTable, bias_of
+from flashbias.integrations.windows import OffsetTable, bias_of
 
 __all__ = ["MADE_OF", "LeViT", "LeViTDownsample", "distance_bias"]
 
@@ -29,10 +29,10 @@ MADE_OF = ("attention_biases",)
 """Path of the parameter that makes the table."""
 
 
-def distance_bias(attention: Any, latest: LatestWindow) -> FactoredBias:
+def distance_bias(attention: Any) -> FactoredBias:
     """The bias between all tokens of an attention with `attention_biases` and a `resolution`."""
     window = attention.resolution
-    return OffsetTable(all_offsets(attention.attention_biases, window), window).bias(latest)
+    return OffsetTable(all_offsets(attention.attention_biases, window), window).bias()
 
 
 def all_offsets(weight: Tensor, window: Sequence[int]) -> Tensor:
@@ -67,9 +67,9 @@ def forward_downsample(attention: Any, x: Tensor) -> Tensor:
     return project(attention, out, [(side - 1) // attention.stride + 1 for side in x.shape[-2:]])
 
 
-def strided_bias(attention: Any, latest: LatestWindow) -> FactoredBias:
+def strided_bias(attention: Any) -> FactoredBias:
     """The bias of an attention whose queries are fewer than its keys."""
-    return strided(distance_bias(attention, latest), attention.resolution, attention.stride)
+    return strided(distance_bias(attention), attention.resolution, attention.stride)
 
 
 def strided(bias: FactoredBias, window: Sequence[int], stride: int) -> FactoredBias:

@@ -24,7 +24,7 @@ from flashbias.integrations.call import call
 from flashbias.integrations.factors import sources_below
 from flashbias.integrations.tables import StaticTable
 from flashbias.integrations.timm.base import TimmFamily, finish, query_key_value
-from flashbias.integrations.windows import LatestWindow, OffsetTable, bias_of
+from flashbias.integrations.windows import OffsetTable, bias_of
 
 __all__ = ["MaxViT", "RelPosViT", "offset_table"]
 
@@ -71,9 +71,9 @@ def attend(attention: Any, query: Tensor, key: Tensor, value: Tensor, shared: Of
             "call the model, not one of its blocks"
         )
 
-    def exact(latest: LatestWindow) -> FactoredBias | None:
+    def exact() -> FactoredBias | None:
         table = shared if attention.rel_pos is None else offset_table(attention.rel_pos)
-        return None if table is None else table.bias(latest)
+        return None if table is None else table.bias()
 
     bias = bias_of(attention, query.device, exact)
     out = call(attention, query, key, value, bias, scale=attention.scale, dropout_p=attention.attn_drop.p)

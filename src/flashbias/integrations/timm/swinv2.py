@@ -17,7 +17,7 @@ from torch import Tensor
 from flashbias.factored import FactoredBias
 from flashbias.integrations.timm.base import finish, query_key_value
 from flashbias.integrations.timm.windows import PENALTY, WindowedFamily
-from flashbias.integrations.windows import LatestWindow, OffsetTable, attend_in_windows, cosine_operands, sigmoid_table
+from flashbias.integrations.windows import OffsetTable, attend_in_windows, cosine_operands, sigmoid_table
 
 __all__ = ["SwinV2"]
 
@@ -30,9 +30,9 @@ def table(attention: Any) -> OffsetTable:
     return OffsetTable(sigmoid_table(values), attention.window_size)
 
 
-def exact_bias(attention: Any, latest: LatestWindow) -> FactoredBias:
+def exact_bias(attention: Any) -> FactoredBias:
     """The bias of a window that is not shifted."""
-    return table(attention).bias(latest)
+    return table(attention).bias()
 
 
 def forward(attention: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -31,7 +31,7 @@ from flashbias.integrations.tables import StaticTable, TableFamily
 from flashbias.integrations.transformers.attend import attend
 from flashbias.integrations.transformers.base import TransformersFamily
 from flashbias.integrations.transformers.masks import key_mask
-from flashbias.integrations.windows import LatestWindow, Window
+from flashbias.integrations.windows import OffsetTable
 
 __all__ = ["Beit", "PatchFamily", "PositionBias", "bias_within"]
 
@@ -63,12 +63,12 @@ class PositionBias:
 
     Args:
         weight: `[offsets + 3, H]`.
-        window: how it is read.
+        window: height and width of the image in patches.
         mask: as `masks.key_mask` returns it; None hides nothing.
     """
 
     weight: Tensor
-    window: Window
+    window: tuple[int, int]
     mask: Tensor | None = None
 
     def __add__(self, other: PositionBias | Padding | Tensor) -> PositionBias:
@@ -81,7 +81,7 @@ class PositionBias:
 
     def factored(self) -> FactoredBias:
         """The bias."""
-        return self.window.bias(self.weight)
+        return OffsetTable(self.weight, self.window, class_token=True).bias()
 
 
 class PatchFamily(TableFamily, TransformersFamily, register=False):
@@ -110,7 +110,7 @@ class PatchFamily(TableFamily, TransformersFamily, register=False):
         found = (self.own_bias(model, attention), *(self.shared_bias(stack) for stack in stacks))
         modules: list[Any] = [module for module in found if module is not None]
         height, width = size = (int(modules[0].window_size[0]), int(modules[0].window_size[1]))
-        biases = [position_bias(module, LatestWindow(), size, dim_size=height * width + 1) for module in modules]
+        biases = [position_bias(module, size, dim_size=height * width + 1) for module in modules]
         total = functools.reduce(PositionBias.__add__, biases)
         sources = [source for module in modules for source in sources_below(module, [TABLE])]
         return StaticTable(total.factored(), sources, size)
@@ -133,7 +133,7 @@ class PatchFamily(TableFamily, TransformersFamily, register=False):
         super().prepare(model, changes)
         for module in model.modules():
             if known_class(module, self.biases) is not None:
-                changes.set(module, "forward", partial(position_bias, module, LatestWindow()))
+                changes.set(module, "forward", partial(position_bias, module))
 
 
 class Beit(PatchFamily):
@@ -157,7 +157,6 @@ class Beit(PatchFamily):
 
 def position_bias(
     module: Any,
-    latest: LatestWindow,
     window_size: tuple[int, int],
     interpolate_pos_encoding: bool = False,
     dim_size: int | None = None,
@@ -166,7 +165,6 @@ def position_bias(
 
     Args:
         module: has `window_size` and `relative_position_bias_table`.
-        latest: the window that it was called for before.
         window_size: height and width of the image in patches.
         interpolate_pos_encoding: whether the model would stretch the bias to `dim_size` tokens too.
         dim_size: number of tokens, which is that of the bias already.
@@ -180,7 +178,7 @@ def position_bias(
     height, width = size = (int(window_size[0]), int(window_size[1]))
     if interpolate_pos_encoding and dim_size != height * width + 1:
         raise ValueError(f"dim_size must be {height * width + 1} for {height} x {width} patches, got {dim_size}")
-    return PositionBias(stretched(module, size), latest.of(size, class_token=True))
+    return PositionBias(stretched(module, size), size)
 
 
 def stretched(module: Any, size: tuple[int, int]) -> Tensor:
@@ -209,13 +207,13 @@ def bias_within(module: nn.Module, position: PositionBias, device: torch.device)
         RuntimeError: as `TableFactors.current`.
     """
     factors = settings_of(module).factors
-    if isinstance(factors, LearnedTable) and factors.window != position.window.size:
+    if isinstance(factors, LearnedTable) and factors.window != position.window:
         # The table has not seen the training: its bias would be another than that of the factors.
         raise ValueError(
-            f"learned factors are for {factors.window} patches, got an image of {position.window.size}; "
+            f"learned factors are for {factors.window} patches, got an image of {position.window}; "
             "flashbias.unpatch(model) writes them to the table, which the model stretches"
         )
-    if factors is None or factors.window != position.window.size:
+    if factors is None or factors.window != position.window:
         return position.factored()
     return factors.current(module, device)
 
