@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flashbias.constants import may_be_kept
 from flashbias.factored import FactoredBias
 
 __all__ = ["Source", "TableFactors", "sources_below"]
@@ -131,9 +132,14 @@ class TableFactors:
             self._check_frozen(module)
         if not torch.compiler.is_compiling():
             self._check_unchanged(module)
-        if self.bias.device != device:
-            self.bias = self.bias.to(device)
-        return self.bias
+        bias = self.bias  # another thread may move it elsewhere
+        if bias.device == device:
+            return bias
+        if not may_be_kept():
+            return bias.to(device)
+        with torch.inference_mode(mode=False):
+            self.bias = bias = bias.to(device)
+        return bias
 
     def _check_frozen(self, module: nn.Module) -> None:
         for source in self.sources:
