@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from flashbias.biases.base import position_codes, wide_dtype
 from flashbias.biases.buckets import relative_bucket
+from flashbias.constants import made_once
 from flashbias.factored import FactoredBias
 from flashbias.integrations.call import Settings, call
 from flashbias.integrations.transformers.masks import visibility
@@ -21,6 +22,7 @@ from flashbias.integrations.transformers.masks import visibility
 __all__ = ["BucketSettings", "Buckets", "attend", "per_key", "table_bias"]
 
 
+@dataclass(frozen=True)
 class Buckets:
     """The bucket of each distance from `-max_distance` to `max_distance`; beyond, buckets no longer change.
 
@@ -30,10 +32,9 @@ class Buckets:
         bidirectional: tell keys ahead from keys behind.
     """
 
-    def __init__(self, num_buckets: int, max_distance: int, bidirectional: bool) -> None:
-        # On the CPU: another device's logarithm may round a bucket's edge the other way.
-        distance = torch.arange(-max_distance, max_distance + 1, device="cpu")
-        self.bucket = relative_bucket(distance, num_buckets, max_distance, bidirectional)
+    num_buckets: int
+    max_distance: int
+    bidirectional: bool
 
     @staticmethod
     def unsupported(num_buckets: int, max_distance: int, bidirectional: bool) -> str | None:
@@ -49,10 +50,16 @@ class Buckets:
     def table(self, embedding: nn.Module) -> Tensor:
         """`[H, 2 * max_distance + 1]`, in float32 at least, differentiable with respect to the embedding."""
         device = next(embedding.parameters()).device
-        if self.bucket.device != device:
-            self.bucket = self.bucket.to(device)
-        values = embedding(self.bucket)
+        values = embedding(_buckets(self.num_buckets, self.max_distance, self.bidirectional, device))
         return values.to(wide_dtype(values)).mT.contiguous()
+
+
+@torch.compiler.assume_constant_result
+@made_once(maxsize=64)
+def _buckets(num_buckets: int, max_distance: int, bidirectional: bool, device: torch.device) -> Tensor:
+    # On the CPU: another device's logarithm may round a bucket's edge the other way.
+    distance = torch.arange(-max_distance, max_distance + 1, device="cpu")
+    return relative_bucket(distance, num_buckets, max_distance, bidirectional).to(device)
 
 
 @dataclass
