@@ -95,6 +95,16 @@ class Suite:
         out, lse = problem.attend("triton", leaves, return_lse=True)
         assert_close_to_oracle(problem, differentiate(problem, leaves, out, lse, True), True)
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+    def test_every_dtype_of_a_gradient(self, dtype: torch.dtype) -> None:
+        sums, power, failed = torch.tensor([1, -3, 0, 1000, 2**50]), torch.tensor([2.0**40]), torch.tensor([0, 1])
+        for n in range(2):
+            grad = torch.empty(5, dtype=dtype, device=self.device)
+            made = (sums, power, failed[n:].to(torch.int32))
+            FixedPoint(*(x.to(self.device) for x in made)).write(grad)
+            wanted = (sums.double() / power).to(dtype) if n == 0 else torch.full((5,), torch.nan, dtype=dtype)
+            torch.testing.assert_close(grad.cpu(), wanted, rtol=0, atol=0, equal_nan=True)
+
 
 @pytest.mark.interpreter
 class TestInterpreted(Suite):

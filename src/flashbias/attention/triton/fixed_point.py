@@ -163,4 +163,9 @@ class FixedPoint(NamedTuple):
     def write(self, grad: Tensor) -> None:
         """Fill a contiguous gradient of as many elements as there are entries."""
         size = grad.numel()
-        start(_write_kernel, (cdiv(size, 1024),), *self, grad, size, BLOCK=1024, num_warps=4)
+        # Triton's interpreter cannot round float64 to bfloat16.
+        is_rounded_apart = grad.device.type == "cpu" and grad.dtype == torch.bfloat16
+        written = torch.empty_like(grad, dtype=torch.float32) if is_rounded_apart else grad
+        start(_write_kernel, (cdiv(size, 1024),), *self, written, size, BLOCK=1024, num_warps=4)
+        if is_rounded_apart:
+            grad.copy_(written)
