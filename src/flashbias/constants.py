@@ -46,9 +46,10 @@ def made_once(maxsize: int) -> Callable[[Callable[P, Made]], Callable[P, Made]]:
                 with torch.inference_mode(mode=False):
                     found = make(*args, **kwargs)
                 if may_be_kept():
-                    while len(kept) >= maxsize:  # another thread may be here too
-                        kept.pop(next(iter(kept), None), None)
-                    kept[key] = found
+                    # Another thread may be here too, and change what an iterator goes over.
+                    for oldest in list(kept)[: max(0, len(kept) - maxsize + 1)]:
+                        kept.pop(oldest, None)
+                    found = kept.setdefault(key, found)
             return found
 
         return made

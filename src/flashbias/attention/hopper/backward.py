@@ -3,7 +3,7 @@
 The fused kernel adds parts of dq, dphi_q and dphi_k as its programs come to it, or in one order: then it is repeatable
 to the bit, and somewhat slower (`order.py`). Wide factors that many (batch, head) pairs share get their gradients from
 a kernel of its own (`triton/shared.py`), which has no order; a table gets its own gradient from a kernel that walks
-over all that share it (`table.py`), windows of few queries and packed batches from the portable one.
+over all that share it (`table.py`), beside few queries, a band of few pairs or centres by tile from the portable one.
 What it does not do goes to the portable kernels: heads wider than 128, and values wider than 64 beside queries that are
 not; tables beside wide heads or packed batches, short windows, which one tile holds, factors that grouped heads do not
 share, gradients of factors beside float16 queries, whose precision bfloat16 operands lack, and beside centres by tile
