@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -34,7 +35,7 @@ BANDS = {
 
 
 @pytest.fixture(autouse=True)
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """How many pairs a program took in each launch; that there are none is a failure of the test."""
     seen: list[int] = []
     choose = table.pairs_of_a_walk
@@ -45,7 +46,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(table, "pairs_of_a_walk", spy)
     monkeypatch.setattr(table, "FEWEST_PAIRS", 1)
-    return seen
+    yield seen
+    assert seen, "the portable kernel has made the gradient"
 
 
 def check(problem: Problem, wanted: tuple[str, ...] = LEAVES, *, deterministic: bool = False) -> None:
