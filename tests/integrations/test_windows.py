@@ -129,3 +129,12 @@ def test_what_another_thread_asks_for_is_not_returned() -> None:
 
     first = latest.of(regions, 100.0)
     assert torch.equal(mask_of(latest.of(regions, Interrupted(100.0))), mask_of(first))
+
+
+def test_what_is_kept_compiles_nothing_anew() -> None:
+    model, x = Shifted(), torch.randn(16, 16)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    expected = compiled(x)
+    assert torch.equal(model(x), expected)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch.equal(compiled(x), expected)

@@ -90,6 +90,8 @@ class LatestShift:
             regions: `[windows, N]`.
             penalty: what a pair from two of them loses.
         """
+        if torch.compiler.is_compiling():  # a graph that looked at what is kept would hold for that alone
+            return shift_factors(regions, penalty)
         kept = self.kept  # as a whole: another thread may exchange it
         if kept is not None and regions is kept[0] and penalty == kept[1]:
             return kept[2]
