@@ -96,3 +96,16 @@ def test_what_is_made_in_a_transform_of_functions_is_not_for_others() -> None:
     torch.func.grad(of)(torch.randn(5))
     assert found[0] is before, "what was there before is found"
     assert on_device((1, 0, 3), CPU).data_ptr()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_what_is_made_in_a_trace_is_not_for_others() -> None:
+    """`torch.jit.trace` traces twice and compares: in the second one it would be a constant."""
+
+    @made_once(maxsize=2)
+    def made(n: int) -> torch.Tensor:
+        return torch.arange(n)
+
+    traced = torch.jit.trace(lambda x: x * made(3), torch.ones(3))
+    assert traced(torch.full((3,), 2.0)).tolist() == [0, 2, 4]
+    assert made(3) is made(3)

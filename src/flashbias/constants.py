@@ -23,8 +23,8 @@ Made = TypeVar("Made")
 def made_once(maxsize: int) -> Callable[[Callable[P, Made]], Callable[P, Made]]:
     """Decorate a function of what can be hashed, which makes tensors: the same each time, which nobody may change.
 
-    What is made for a graph (of torch.compile or of CUDA), by a mode such as that of fake tensors, or in a transform of
-    `torch.func` is not kept; a CUDA graph and a transform find what has been made before.
+    What is made for a graph (of torch.compile, torch.jit or CUDA), by a mode such as that of fake tensors, or in a
+    transform of `torch.func` is not kept; a CUDA graph and a transform find what has been made before.
 
     Args:
         maxsize: for how many arguments they are kept.
@@ -64,7 +64,7 @@ def may_be_kept() -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return False
-    if peek_interpreter_stack() is not None:
+    if torch._C._is_tracing() or peek_interpreter_stack() is not None:
         return False
     return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
