@@ -290,19 +290,21 @@ def _training(record: Record, model: Any, images: Tensor) -> None:
         row["note"] = "difference: gradients of the networks of the biases, both of this dtype"
 
     for provider, make in peers.items():
+        about = {"weights": "sharp", "batch": len(images)}
         try:
-            if provider == exact:
-                patch(model)
-            elif make is not None:
-                _set_attention(model, make, learning=True)
-            about = {"weights": "sharp", "batch": len(images)}
+            is_ready = False
             with record.row("full-step", provider=provider, **about) as row:
+                if provider == exact:
+                    patch(model)
+                elif make is not None:
+                    _set_attention(model, make, learning=True)
+                is_ready = True
                 grads = step()
                 if provider != "bias-free":
                     compare(row, grads)
                 record.time(row, step, 0.5)
             # As it is, the model makes masks on the host.
-            if record.device.type == "cuda" and provider != "as it is":
+            if record.device.type == "cuda" and provider != "as it is" and is_ready:
                 with record.row("full-step", provider=f"{provider}, CUDA graph", **about) as row:
                     replay, grads = captured(step)
                     replay()

@@ -47,7 +47,7 @@ PLACES = 6
 
 @triton.jit
 def _largest_row(x_ptr, sizes, first, step, width, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
-    """Largest sum of squares of a row that this program takes; infinite where one is not finite."""
+    """Largest sum of squares of a row that this program takes; infinite where one is not finite in float32."""
     num_rows, num_heads, seqlen, stride_b, stride_h, stride_n = sizes
     columns = tl.arange(0, COLUMNS)
     largest = tl.zeros([BLOCK], dtype=tl.float32)
