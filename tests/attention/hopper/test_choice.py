@@ -8,15 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from tests.attention.hopper.marks import IS_HOPPER
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flashbias as fb
 from flashbias.attention import hopper, packing, sdpa, triton
 from flashbias.attention.call import Call, VarlenLayout
 from flashbias.attention.hopper.configs import SHARED_MEMORY, forward_bytes, forward_config
-
-ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-
 
 WIDTHS = (16, 32, 64, 128, 256)
 """Columns in which heads are held."""
@@ -168,7 +166,7 @@ class TestChoice:
     def test_is_listed_first(self) -> None:
         found = fb.implementations()
         assert next(iter(found)) == "hopper"
-        assert (found["hopper"] is None) == ON_HOPPER
+        assert (found["hopper"] is None) == IS_HOPPER
 
     def test_explanations_speak_of_it(self) -> None:
         explanation = fb.explain(*self.tensors())

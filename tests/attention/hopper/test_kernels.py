@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tests.attention.cases import BOTTOM_RIGHT, CASES, CAUSAL, LSE
+from tests.attention.hopper.marks import ON_HOPPER
 from tests.attention.oracle import (
     UNIT_ROUNDOFF,
     Results,
@@ -34,11 +35,7 @@ pytest.importorskip("triton.experimental.gluon", reason="this release of triton 
 from flashbias.attention.hopper.configs import NARROWEST, columns_of, width_of
 from flashbias.attention.hopper.operands import is_addressable
 
-IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not IS_HOPPER, reason="the GPU is not of compute capability 9.0"),
-]
+pytestmark = ON_HOPPER
 
 DEVICE = "cuda"
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests.attention.cases import BOTTOM_RIGHT, CAUSAL
+from tests.attention.hopper.marks import ON_HOPPER
 from tests.attention.problem import LEAVES
 from tests.attention.varlen import Packed, VarlenCase
 from torch import Tensor
@@ -17,12 +18,7 @@ import flashbias as fb
 
 pytest.importorskip("triton.experimental.gluon", reason="this release of triton has no Gluon")
 
-IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not IS_HOPPER, reason="the GPU is not of compute capability 9.0"),
-    pytest.mark.usefixtures("fused_gradients", "nan_filled_buffers"),
-]
+pytestmark = [*ON_HOPPER, pytest.mark.usefixtures("fused_gradients", "nan_filled_buffers")]
 
 DEVICE = "cuda"
 OF_TOKENS = ("query", "key", "value")

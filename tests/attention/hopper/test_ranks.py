@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests.attention.cases import BOTTOM_RIGHT, CAUSAL
+from tests.attention.hopper.marks import ON_HOPPER
 from tests.attention.machine import tiers_for_every_width
 from tests.attention.oracle import Results, assert_close_to_oracle, differentiate
 from tests.attention.problem import LEAVES, Case, Problem
@@ -22,13 +23,7 @@ pytest.importorskip("triton.experimental.gluon", reason="this release of triton 
 
 from flashbias.attention.hopper import tiers
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
-        reason="the GPU is not of compute capability 9.0",
-    ),
-]
+pytestmark = ON_HOPPER
 
 DEVICE = "cuda"
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
