@@ -24,9 +24,8 @@ def first_terms(table_ptr, q_code, code_k_ptr, start_m, start_n, seqlen_k, half,
     if HAS_CODES:
         k_code = gl.load(code_k_ptr + j, mask=j < seqlen_k, other=0) if HAS_EDGE else gl.load(code_k_ptr + j)
         return entries(table_ptr, q_code[:, None], k_code[None, :], half)
-    # Positions are their own codes: a tile far from the diagonal lies in one tail of the table.
-    is_after = start_n - (start_m + ROWS - 1) >= half
-    if is_after | (start_n + KEYS - 1 - start_m <= -half):
+    in_tail, is_after = tail_of(start_m, start_n, half, ROWS, KEYS)
+    if in_tail:
         s = gl.full([ROWS, KEYS], gl.load(table_ptr + gl.where(is_after, half, -half)), gl.float32, s_layout)
     else:
         s = entries(table_ptr, q_code[:, None], j[None, :], half)
@@ -34,9 +33,25 @@ def first_terms(table_ptr, q_code, code_k_ptr, start_m, start_n, seqlen_k, half,
 
 
 @jit
+def tail_of(start_m, start_n, half, QUERIES: gl.constexpr, KEYS: gl.constexpr):
+    """Whether a tile lies in one tail of the table, far from the diagonal, and whether it is the one behind.
+
+    Of positions, which are their own codes.
+    """
+    is_after = start_n - (start_m + QUERIES - 1) >= half
+    return is_after | (start_n + KEYS - 1 - start_m <= -half), is_after
+
+
+@jit
+def entry_of(q_code, k_code, half):
+    """Place of the entry for a pair of codes, counted from the middle one; the first and last hold for all beyond."""
+    return gl.minimum(gl.maximum(k_code - q_code, -half), half)
+
+
+@jit
 def entries(table_ptr, q_code, k_code, half):
-    """Entries for each pair of codes, one along rows and one along columns; the first and last hold for all beyond."""
-    return gl.load(table_ptr + gl.minimum(gl.maximum(k_code - q_code, -half), half))
+    """Entries for each pair of codes, one along rows and one along columns."""
+    return gl.load(table_ptr + entry_of(q_code, k_code, half))
 
 
 @jit

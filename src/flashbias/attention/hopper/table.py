@@ -30,7 +30,7 @@ from flashbias.attention.hopper.gluon import (
     warpgroup_mma_wait,
 )
 from flashbias.attention.hopper.operands import HopperOperands, descriptor, matrix, or_nothing
-from flashbias.attention.hopper.scores import first_terms, masked
+from flashbias.attention.hopper.scores import entry_of, first_terms, masked, tail_of
 from flashbias.attention.hopper.tiles import ROWS, exp2, owner_of
 from flashbias.attention.layout import cdiv
 from flashbias.attention.triton.fixed_point import FixedPoint
@@ -208,22 +208,15 @@ def _add(total, sums, own, q_code, j, code_k_ptr, start, start_n, seqlen_k, half
     nowhere = gl.zeros([ROWS], gl.int32, of_rows)
     gl.store(failed_ptr + nowhere, nowhere + 1, mask=check - check != 0.0)
     whole = gl.floor(total * gl.load(power_ptr) + 0.5).to(gl.int64)
-    k_code = j
     if HAS_CODES:
         k_code = gl.load(code_k_ptr + j, mask=j < seqlen_k, other=0)
-        gl.atomic_add(sums_ptr + _clamped(k_code[None, :] - q_code[:, None], half), whole)
+        gl.atomic_add(sums_ptr + entry_of(q_code[:, None], k_code[None, :], half), whole)
     else:
-        is_after = start_n - (start + ROWS - 1) >= half
-        if is_after | (start_n + KEYS - 1 - start <= -half):
+        in_tail, is_after = tail_of(start, start_n, half, ROWS, KEYS)
+        if in_tail:
             gl.atomic_add(sums_ptr + gl.where(is_after, half, -half) + nowhere, gl.sum(whole, 1))
         else:
-            gl.atomic_add(sums_ptr + _clamped(k_code[None, :] - q_code[:, None], half), whole)
-
-
-@jit
-def _clamped(step, half):
-    """Entry of a difference of codes, counted from the middle one."""
-    return gl.minimum(gl.maximum(step, -half), half)
+            gl.atomic_add(sums_ptr + entry_of(q_code[:, None], j[None, :], half), whole)
 
 
 @jit(
@@ -362,7 +355,9 @@ def pairs_of_a_walk(tiles: int, pairs: int, processors: int) -> int:
         pairs: (batch, head) pairs that read one table.
         processors: multiprocessors, each with one program at a time.
     """
+    # More parts than there are multiprocessors only add to what is done once.
+    most = min(pairs, 2 * processors)
     return min(
-        (cdiv(pairs, parts) for parts in range(1, pairs + 1)),
+        (cdiv(pairs, parts) for parts in range(1, most + 1)),
         key=lambda each: (cdiv(tiles * cdiv(pairs, each), processors) * (ADDING + each), -each),
     )

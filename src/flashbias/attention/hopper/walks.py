@@ -19,7 +19,7 @@ What they are about is handed on in groups, beside those of `tiles.py`:
 
 from flashbias.attention.hopper.gluon import gl, jit, load, mbarrier
 from flashbias.attention.hopper.order import drawn
-from flashbias.attention.hopper.scores import CENTRE_TILE, centring_of, entries, tile_offset
+from flashbias.attention.hopper.scores import CENTRE_TILE, centring_of, entries, tail_of, tile_offset
 from flashbias.attention.hopper.slabs import LINE as _LINE
 from flashbias.attention.hopper.tiles import (
     ROWS,
@@ -272,8 +272,8 @@ def first_terms_of_keys(table_ptr, half, k_code, code_q_ptr, seqlen_q, start_m, 
     i = gl.minimum(start_m + gl.arange(0, SLAB, gl.SliceLayout(0, s_layout)), seqlen_q - 1)
     if HAS_CODES:
         return entries(table_ptr, gl.load(code_q_ptr + i)[None, :], k_code[:, None], half)
-    is_after = start_n - (start_m + SLAB - 1) >= half
-    if is_after | (start_n + ROWS - 1 - start_m <= -half):
+    in_tail, is_after = tail_of(start_m, start_n, half, SLAB, ROWS)
+    if in_tail:
         s = gl.full([ROWS, SLAB], gl.load(table_ptr + gl.where(is_after, half, -half)), gl.float32, s_layout)
     else:
         s = entries(table_ptr, i[None, :], k_code[:, None], half)
