@@ -65,22 +65,9 @@ FEWEST_MEMBERS = 8
 
 
 @soundly_assembled
-def launch(
-    grads: list[Tensor],
-    dout: Tensor,
-    dlse: Tensor | None,
-    out: Tensor | None,
-    lse: Tensor,
-    needs_grad: tuple[bool, ...],
-    *arguments: Any,
-    repeatable: bool = False,
-) -> None:
-    """Fill the gradients that are needed, heads of different rank in tiers.
-
-    Arguments as in the portable `launch`, and whether to add in one order.
-    """
-    together = functools.partial(launch_together, repeatable=repeatable)
-    tiers.backward(together, grads, dout, dlse, out, lse, needs_grad, *arguments)
+def launch(*arguments: Any, repeatable: bool = False) -> None:
+    """Fill the gradients that are needed, heads of different rank in tiers; arguments as in `launch_together`."""
+    tiers.backward(functools.partial(launch_together, repeatable=repeatable), *arguments)
 
 
 def launch_together(
@@ -93,7 +80,7 @@ def launch_together(
     *arguments: Any,
     repeatable: bool = False,
 ) -> None:
-    """Fill the gradients of all heads at once; arguments as in `launch`."""
+    """Fill the gradients of all heads at once: arguments of the portable `launch`, and whether there is an order."""
     ops = HopperOperands.of(*arguments)
     config = chosen(ops, needs_grad, repeatable)
     if config is None:
