@@ -38,7 +38,7 @@ def made_once(maxsize: int) -> Callable[[Callable[P, Made]], Callable[P, Made]]:
 
         @functools.wraps(make)
         def made(*args: P.args, **kwargs: P.kwargs) -> Made:
-            if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+            if _is_traced():
                 return make(*args, **kwargs)
             key = (args, *kwargs.items())
             found = kept.get(key)
@@ -62,11 +62,14 @@ def may_be_kept() -> bool:
 
     One of inference mode is none either; who makes something to keep leaves that mode.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return False
-    if torch._C._is_tracing() or peek_interpreter_stack() is not None:
+    if _is_traced() or torch._C._is_tracing() or peek_interpreter_stack() is not None:
         return False
     return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+
+def _is_traced() -> bool:
+    """Whether what is made belongs to torch.compile's graph or to a mode, for which nothing made before will do."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 @made_once(maxsize=1024)
