@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.attention.cases import BOTTOM_RIGHT, CAUSAL
+from tests.attention.cases import BOTTOM_RIGHT, CAUSAL, TOP_LEFT
 from tests.attention.hopper.marks import ON_HOPPER
 from tests.attention.oracle import assert_close_to_oracle, differentiate
 from tests.attention.problem import LEAVES, Case, Problem
@@ -20,7 +20,6 @@ pytest.importorskip("triton.experimental.gluon", reason="this release of triton 
 pytestmark = [*ON_HOPPER, pytest.mark.usefixtures("fused_gradients", "nan_filled_buffers")]
 
 DEVICE = "cuda"
-TOP_LEFT = CAUSAL | {"causal_alignment": "top_left"}
 BANDS = {"full": {}, "top left": TOP_LEFT, "bottom right": BOTTOM_RIGHT, "window": TOP_LEFT | {"window": (150, None)}}
 
 

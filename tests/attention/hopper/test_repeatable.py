@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.attention.cases import BOTTOM_RIGHT, CAUSAL
+from tests.attention.cases import BOTTOM_RIGHT, CAUSAL, TOP_LEFT
 from tests.attention.hopper.marks import ON_HOPPER
 from tests.attention.oracle import assert_close_to_oracle, differentiate
 from tests.attention.problem import LEAVES, Case
@@ -26,7 +26,6 @@ CALLS = 5
 FROZEN = tuple(name for name in LEAVES if not name.startswith("phi"))
 """Leaves where factors are no parameters."""
 
-TOP_LEFT = CAUSAL | {"causal_alignment": "top_left"}
 
 BANDS = {
     "full": {},

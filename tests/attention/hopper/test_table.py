@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.attention.cases import BOTTOM_RIGHT, CAUSAL
+from tests.attention.cases import BOTTOM_RIGHT, TOP_LEFT
 from tests.attention.hopper.marks import ON_HOPPER
 from tests.attention.oracle import assert_close_to_oracle, differentiate
 from tests.attention.problem import LEAVES, Case, Problem
@@ -20,7 +20,6 @@ from flashbias.attention.hopper import table
 pytestmark = [*ON_HOPPER, pytest.mark.usefixtures("fused_gradients", "nan_filled_buffers")]
 
 DEVICE = "cuda"
-TOP_LEFT = CAUSAL | {"causal_alignment": "top_left"}
 BANDS = {
     "full": {},
     "top left": TOP_LEFT,

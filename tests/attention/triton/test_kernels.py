@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.attention.cases import BOTTOM_RIGHT
 from tests.attention.oracle import assert_close_to_oracle, differentiate
 from tests.attention.problem import Case, Problem
 
@@ -13,8 +14,6 @@ from flashbias.attention import packing
 pytest.importorskip("triton")
 
 from flashbias.attention.triton import backward, configs, operands, table, window
-
-BOTTOM_RIGHT = {"is_causal": True, "causal_alignment": "bottom_right"}
 
 
 class KernelSuite:
